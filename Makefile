@@ -1,0 +1,52 @@
+# Every target sets up what it needs, pinned by constraints.txt, in .venv; a second run installs nothing.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-slow lint format check bench clean
+
+demo: .venv/.engine
+	$(BIN)/penstock demo
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint test
+
+# PENSTOCK_VLLM_PYTHON=/path/to/venv/bin/python puts a real vLLM beside the embedded engine.
+bench: .venv/.bench
+	$(BIN)/python bench/rows.py
+	$(BIN)/python bench/tokens.py
+
+clean:
+	rm -rf .venv build demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.created:
+	$(PYTHON) -c 'import sys; sys.exit("penstock needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.engine: .venv/.created pyproject.toml constraints.txt
+	$(PIP) --editable '.[engine]'
+	touch $@
+
+.venv/.dev: .venv/.engine
+	$(PIP) --editable '.[engine,dev]'
+	touch $@
+
+.venv/.bench: .venv/.engine
+	$(PIP) --editable '.[engine,bench]'
+	touch $@

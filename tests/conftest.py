@@ -1,0 +1,13 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("penstock", deadline=None, print_blob=True)
+settings.load_profile("penstock")
+
+# Workers share the cores: torch's own threads would only make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
