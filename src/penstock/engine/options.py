@@ -1,0 +1,27 @@
+"""How an engine is reached over HTTP. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+PARENT: Final = os.getppid()
+"""The process that started this one, looked up before the seconds that the heavy imports take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Settings of the HTTP side; names are vLLM's where vLLM has them."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: any free port; the ready line says which."""
+    served_model_name: tuple[str, ...] = ()
+    """Names clients may use; answers carry the first. None given: the model's path."""
+    shutdown_timeout: float = 2.0
+    """Seconds that requests in flight have to finish after SIGTERM or SIGINT."""
+    enable_prompt_tokens_details: bool = False
+    """Say in `usage` how many prompt tokens came from the prefix cache."""
+    exit_with_parent: bool = False
+    """Stop when the process that started this one has ended."""

@@ -1,0 +1,102 @@
+"""The life of an engine process: load, listen, say so, serve until told to stop.
+
+`serve` prints exactly one line to standard output, when requests can be sent. It returns the exit status: 0
+after SIGTERM or SIGINT, 1 when the engine died. What is in flight at a signal may finish within
+`shutdown_timeout`; then, or at a second signal, it is answered with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+from typing import Final
+
+import uvloop
+
+from penstock.engine.app import EngineApp
+from penstock.engine.config import EngineConfig
+from penstock.engine.engine import LLMEngine
+from penstock.engine.options import PARENT, ServerOptions
+from penstock.wire.server import HttpServer
+
+GC_THRESHOLD: Final = 100_000
+"""Container objects between two runs of the collector's youngest generation: with thousands of requests in
+flight the default of 700 costs a third of the time of the HTTP side."""
+
+SWITCH_INTERVAL: Final = 0.0005
+"""Seconds the loop's thread may keep the interpreter lock from the engine's thread, and the other way round.
+Steps of a small model take a few milliseconds; with the default of 5 ms they double."""
+
+PARENT_CHECK: Final = 0.5
+"""Seconds between two looks at whether the parent process is still there."""
+
+ERROR_GRACE: Final = 1.0
+"""Seconds in which clients whose requests failed can read their errors before the process ends."""
+
+logger = logging.getLogger(__name__)
+
+
+def serve(config: EngineConfig, options: ServerOptions) -> int:
+    """Run an engine until it is told to stop; the exit status. Raises ConfigError when it cannot start."""
+    # One prompt at a time is tokenized: a pool of threads for it would only add hand-overs.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    llm = LLMEngine(config)
+    return uvloop.run(_serve(llm, options))
+
+
+async def _serve(llm: LLMEngine, options: ServerOptions) -> int:
+    app = EngineApp(
+        llm,
+        served_model_names=options.served_model_name,
+        prompt_tokens_details=options.enable_prompt_tokens_details,
+    )
+    server = HttpServer(app.handle, options.host, options.port)
+    await server.start()
+    app.engine.start()
+    stop = _Stop()
+    if options.exit_with_parent:
+        stop.watch_parent()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"penstock engine ready on http://{host}:{server.port}", flush=True)  # noqa: T201
+    await asyncio.wait((stop.wished, app.engine.dead), return_when=asyncio.FIRST_COMPLETED)
+    died = app.engine.dead.done()
+    grace = 0.0 if died else options.shutdown_timeout
+    closing = asyncio.ensure_future(server.close(grace + ERROR_GRACE))
+    await asyncio.wait((closing, stop.hurried), timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+    await app.engine.close()
+    await closing
+    return 1 if died else 0
+
+
+class _Stop:
+    """The first signal is a wish to stop, the second one a hurry."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.wished: asyncio.Future[None] = loop.create_future()
+        self.hurried: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.wish)
+
+    def wish(self) -> None:
+        """Stop; said again: now."""
+        for future in (self.wished, self.hurried):
+            if not future.done():
+                future.set_result(None)
+                return
+
+    def watch_parent(self) -> None:
+        """Stops at once when the process that started this one has ended."""
+        if os.getppid() == PARENT:
+            asyncio.get_running_loop().call_later(PARENT_CHECK, self.watch_parent)
+            return
+        self.wish()
+        self.wish()
