@@ -1,0 +1,1 @@
+"""Batch generation: a dataset in, reasoning traces out, resumable at any byte."""

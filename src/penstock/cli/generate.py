@@ -1,0 +1,220 @@
+"""`penstock generate`: a dataset in, reasoning traces out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from penstock.batch.job import Job, JobSettings
+from penstock.batch.progress import watch
+from penstock.batch.report import how_to_go_on, print_report
+from penstock.cli.limits import check_open_files
+from penstock.client import Client
+from penstock.errors import ConfigError, PenstockError, ResponseError, TransportError
+from penstock.fleet.retry import Retry
+from penstock.models import ARITHMETIC
+from penstock.prompt import JsonlInput, PromptFormat, Survey, Template
+from penstock.sample import SamplingParams
+from penstock.servers.embedded import EmbeddedServer
+from penstock.wire.loop import run
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM: the shell's convention for SIGINT."""
+
+
+@dataclass(frozen=True)
+class GenerateArgs:
+    """Generate reasoning traces for the rows of a dataset.
+
+    The job can be killed at any moment; the same command goes on where it was. Each row is written once, with
+    its own columns and `generations`, `finish_reasons`, `api_metadata` and, where there is any, `reasonings`.
+    """
+
+    input: Positional[Path]
+    """JSONL file, plain, .gz or .zst."""
+    out: Annotated[Path, arg(aliases=("--output-file",))]
+    """JSONL file to write. Beside it: OUT.journal (makes the job resumable) and OUT.failures."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: text, or a list of chat messages."""
+    id_column: Annotated[str | None, arg(aliases=("--uuid-column",))] = None
+    """Column that names a row. Default: a hash of the row's content."""
+    prompt_template: str | None = None
+    """The user message, with {prompt} and any {column} of the row in it."""
+    system_prompt: str | None = None
+    """Put before every conversation."""
+    num_generations: Annotated[int, arg(aliases=("-n",))] = 1
+    """Samples of each row."""
+    max_concurrent: int = 512
+    """Requests in flight at most."""
+    engine: Literal["embedded"] | None = None
+    """Start this engine for the job and stop it afterwards; or give --base-url."""
+    engine_args: tuple[str, ...] = ()
+    """Further flags for the engine that is started, as one quoted list each: --engine-args '--threads 2'."""
+    model: str | None = None
+    """A checkpoint folder for --engine embedded (default: the shipped model); else the served model's name
+    (default: the only one there is)."""
+    base_url: tuple[str, ...] = ()
+    """Base URLs of running OpenAI-compatible servers, with or without /v1."""
+    api_addr: tuple[str, ...] = ()
+    """The same as HOST:PORT."""
+    api_key: str | None = None
+    """Sent as a bearer token. Default: the environment's OPENAI_API_KEY."""
+    retry_failed: bool = False
+    """Take up the rows that failed before."""
+    sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command. Returns 0 when every row is done, 1 when some are not, 130 when interrupted."""
+    args = tyro.cli(GenerateArgs, prog="penstock generate", args=argv)
+    _check(args)
+    form = _prompt_format(args)
+    source = JsonlInput(args.input)
+    survey = source.survey(form)
+    try:
+        return run(_generate(args, source, survey, form))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+async def _generate(args: GenerateArgs, source: JsonlInput, survey: Survey, form: PromptFormat) -> int:
+    console = Console(stderr=True)
+    with terminated_as_interrupted():
+        settings = JobSettings(
+            out=args.out,
+            model=await _model_name(args),
+            form=form,
+            params=args.sampling,
+            num_generations=args.num_generations,
+            max_concurrent=args.max_concurrent,
+            retry_failed=args.retry_failed,
+        )
+        with Job(source, survey, settings) as job:
+            async with _engine(args, console) as urls:
+                return await run_job(job, urls, _api_key(args), console)
+
+
+async def run_job(job: Job, urls: Sequence[str], api_key: str | None, console: Console) -> int:
+    """Run `job` against `urls`, show its progress and its report; returns the exit status."""
+    if job.repaired:
+        console.print(
+            f"{job.settings.out}: {job.repaired:,} bytes at its end were not whole and are written again."
+        )
+    progress = job.progress
+    started = monotonic()
+
+    def on_outage(seconds: float, error: PenstockError | None) -> None:
+        progress.notice = f"no engine has answered for {seconds:.0f} s: {error}" if error else ""
+
+    try:
+        async with Client(urls, model=job.settings.model, api_key=api_key, on_outage=on_outage) as client:
+            with watch(progress, console):
+                await job.run(client)
+    finally:
+        accounting = job.accounting()
+        print_report(console, job.settings, accounting, progress, monotonic() - started)
+        if (advice := how_to_go_on(accounting)) is not None:
+            console.print(advice)
+    return 0 if accounting.complete else 1
+
+
+def _check(args: GenerateArgs) -> None:
+    if args.num_generations < 1 or args.max_concurrent < 1:
+        raise ConfigError("--num-generations and --max-concurrent must be at least 1.")
+    if bool(args.engine) == bool(args.base_url or args.api_addr):
+        raise ConfigError(
+            "Say where to generate: either --engine embedded, or --base-url URL (or --api-addr)."
+        )
+    check_open_files(args.max_concurrent)
+
+
+def _prompt_format(args: GenerateArgs) -> PromptFormat:
+    return PromptFormat(
+        prompt_column=args.prompt_column,
+        id_column=args.id_column,
+        template=None if args.prompt_template is None else Template(args.prompt_template),
+        system_prompt=args.system_prompt,
+    )
+
+
+def _api_key(args: GenerateArgs) -> str | None:
+    return args.api_key or (None if args.engine else os.environ.get("OPENAI_API_KEY"))
+
+
+def _urls(args: GenerateArgs) -> list[str]:
+    return [*args.base_url, *(f"http://{address}" for address in args.api_addr)]
+
+
+def _checkpoint(args: GenerateArgs) -> Path:
+    return ARITHMETIC if args.model is None else Path(args.model)
+
+
+async def _model_name(args: GenerateArgs) -> str:
+    if args.engine is not None:
+        return _checkpoint(args).resolve().name
+    return await served_model(_urls(args), args.model, _api_key(args))
+
+
+@asynccontextmanager
+async def _engine(args: GenerateArgs, console: Console) -> AsyncIterator[list[str]]:
+    """Base URLs: of the engine that is started here, or of those that run already."""
+    if args.engine is None:
+        yield _urls(args)
+        return
+    folder = _checkpoint(args)
+    flags = [word for words in args.engine_args for word in shlex.split(words)]
+    async with AsyncExitStack() as stack:
+        with console.status(f"starting the embedded engine on {folder.name}"):
+            server = await stack.enter_async_context(EmbeddedServer(folder, flags))
+        yield [server.base_url]
+
+
+async def served_model(urls: Sequence[str], wanted: str | None, api_key: str | None) -> str:
+    """The name requests will call the model, after asking each server what it serves.
+
+    Raises ConfigError when no server answers, or when one of them does not serve `wanted`; without `wanted`
+    the servers must all serve the same single model.
+    """
+    served: dict[str, list[str]] = {}
+    for url in urls:
+        async with Client(url, api_key=api_key, retry=Retry(attempts=1)) as client:
+            try:
+                served[url] = await client.models()
+            except (TransportError, ResponseError) as error:
+                raise ConfigError(
+                    f"No engine answers at {url} ({error}): start it, or name another."
+                ) from None
+    common = set.intersection(*map(set, served.values()))
+    if wanted is None and len(common) == 1:
+        return common.pop()
+    if wanted in common:
+        return wanted
+    for url, names in served.items():
+        if wanted not in names:
+            offer = ", ".join(names) or "no model at all"
+            raise ConfigError(f"{url} does not serve the model {wanted!r}: give --model one of {offer}.")
+    raise AssertionError(served)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM stops the current task as Ctrl-C does: cleanly."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""Engine servers and their life cycle."""

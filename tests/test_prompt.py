@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from penstock.errors import ConfigError
+from penstock.prompt import JsonlInput, PromptFormat, Template, content_hash
+
+ROWS = [{"question": f"What is {i} + {i}?", "answer": i + i} for i in range(20)]
+FORM = PromptFormat(prompt_column="question")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> JsonlInput:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return JsonlInput(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_compressed_input_reads_like_plain(tmp_path: Path, suffix: str) -> None:
+    plain = write(tmp_path / "in.jsonl", ROWS)
+    packed = tmp_path / f"in.jsonl{suffix}"
+    data = plain.path.read_bytes()
+    if suffix == ".gz":
+        packed.write_bytes(gzip.compress(data[:300]) + gzip.compress(data[300:]))
+    elif suffix == ".zst":
+        frames = [zstandard.ZstdCompressor().compress(part) for part in (data[:300], data[300:])]
+        packed.write_bytes(b"".join(frames))
+    source = JsonlInput(packed)
+    assert [line for _, line in source.lines()] == [line for _, line in plain.lines()]
+    assert source.survey(FORM) == plain.survey(FORM)
+
+
+def test_damaged_gzip_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.gz"
+    path.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in ROWS))[:-12])
+    with pytest.raises(ConfigError, match="damaged after line"):
+        JsonlInput(path).survey(FORM)
+
+
+def test_survey_does_not_see_white_space_or_column_order_but_sees_content(tmp_path: Path) -> None:
+    one = write(tmp_path / "a.jsonl", [{"question": "x", "n": 1}])
+    two = tmp_path / "b.jsonl"
+    two.write_text('\n  { "n": 1, "question": "x" }  \n\n')
+    other = write(tmp_path / "c.jsonl", [{"question": "x", "n": 2}])
+    assert one.survey(FORM) == JsonlInput(two).survey(FORM)
+    assert one.survey(FORM) != other.survey(FORM)
+
+
+@pytest.mark.parametrize(
+    ("line", "form", "says"),
+    [
+        ("nonsense", FORM, r"line 2 is not JSON"),
+        ("[1]", FORM, r"line 2 is JSON but not an object"),
+        ('{"qestion": "x"}', FORM, r"line 2: there must be a column 'question'; did you mean 'qestion'"),
+        ('{"question": 3}', FORM, r"line 2: 'question' must hold text"),
+        ('{"question": "x", "generations": []}', FORM, r"line 2: the column 'generations'"),
+        (
+            '{"question": "x", "answer": 1}',
+            PromptFormat(prompt_column="question", template=Template("{prompt} {anser}")),
+            r"line 1: the prompt template wants a column 'anser'; did you mean 'answer'",
+        ),
+        (
+            '{"question": "x", "id": null}',
+            PromptFormat(prompt_column="question", id_column="id"),
+            r"line 1: there must be a column 'id'",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_before_anything_is_generated(
+    tmp_path: Path, line: str, form: PromptFormat, says: str
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    with pytest.raises(ConfigError, match=says):
+        JsonlInput(path).survey(form)
+
+
+def test_missing_empty_and_unreadable_inputs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no input file"):
+        JsonlInput(tmp_path / "none.jsonl").survey(FORM)
+    with pytest.raises(ConfigError, match="is a folder"):
+        JsonlInput(tmp_path).survey(FORM)
+    with pytest.raises(ConfigError, match="holds no rows"):
+        write(tmp_path / "empty.jsonl", []).survey(FORM)
+
+
+def test_an_id_used_twice_is_an_error_only_with_different_content(tmp_path: Path) -> None:
+    form = PromptFormat(prompt_column="question", id_column="id")
+    same = [{"id": i % 40, "question": f"q{i % 40}"} for i in range(80)]
+    assert write(tmp_path / "a.jsonl", same).survey(form).rows == 80
+    clash = [*same, {"id": 7, "question": "another"}]
+    with pytest.raises(ConfigError, match=r"The id '7' is used twice .* line 8 and .* line 81"):
+        write(tmp_path / "b.jsonl", clash).survey(form)
+
+
+def test_template_keeps_braces_that_are_no_columns() -> None:
+    template = Template(r"Put it in \boxed{} or \boxed{{}}: {prompt} ({n})")
+    assert template.columns() == {"prompt", "n"}
+    assert template.fill({"prompt": "a {b}", "n": [1]}) == r"Put it in \boxed{} or \boxed{}: a {b} ([1])"
+
+
+def test_messages_columns_and_system_prompt(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    form = PromptFormat(prompt_column="messages", system_prompt="Be brief.")
+    prompt = form.prompt(0, "here", json.dumps({"messages": chat}).encode())
+    assert prompt.messages == [{"role": "system", "content": "Be brief."}, *chat]
+    with pytest.raises(ConfigError, match="chat messages"):
+        PromptFormat(prompt_column="messages", template=Template("x")).messages("here", {"messages": chat})
+
+
+json_rows = st.dictionaries(
+    st.text(max_size=5), st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=5)
+)
+
+
+@given(json_rows, st.randoms(use_true_random=False))
+def test_content_hash_ignores_the_order_of_columns(row: dict[str, Any], random: Any) -> None:
+    items = list(row.items())
+    random.shuffle(items)
+    assert content_hash(dict(items)) == content_hash(row)
+    assert content_hash({**row, "another": 1}) != content_hash(row)
