@@ -1,0 +1,133 @@
+"""CPU per row of `penstock generate` beside its peers, in one run, against a server that answers at once.
+
+    python bench/rows.py [--rows 20000] [--concurrency 256] [--rounds 3]
+
+CPU is user + system time of the whole process, start-up included, over its rows: less noisy than seconds.
+Every round runs every subject once, in turn; the table shows the median round.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Args:
+    """CPU per row, side by side."""
+
+    rows: int = 20_000
+    concurrency: int = 256
+    rounds: int = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One subject, once."""
+
+    cpu: float
+    """Microseconds of CPU a row."""
+    rate: float
+    """Rows a second."""
+
+
+@contextmanager
+def stub() -> Iterator[int]:
+    """A stub engine in a process of its own; gives its port."""
+    command = [sys.executable, str(HERE / "stub.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        yield int(process.stdout.readline())
+        process.stdin.close()
+
+
+def subjects(source: Path, out: Path, port: int, args: Args) -> dict[str, list[str]]:
+    peer = [sys.executable, str(HERE / "peers.py")]
+    rest = [str(source), str(out), f"http://127.0.0.1:{port}/v1/chat/completions", str(args.concurrency)]
+    ours = [sys.executable, "-m", "penstock", "generate", str(source), "--out", str(out)]
+    ours += ["--prompt-column", "question", "--base-url", f"http://127.0.0.1:{port}"]
+    ours += [
+        "--max-concurrent",
+        str(args.concurrency),
+        "--max-tokens",
+        "32",
+        "--temperature",
+        "0.6",
+        "--top-p",
+        "0.95",
+    ]
+    return {
+        "penstock generate": ours,
+        "bare aiohttp, nothing written": [*peer, "aiohttp", *rest],
+        "open-r1's pattern": [*peer, "open-r1", *rest],
+    }
+
+
+def measure(command: list[str], rows: int) -> Run:
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    if done.returncode:
+        sys.exit(f"{command} failed:\n{done.stderr}")
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    return Run(cpu=cpu / rows * 1e6, rate=rows / seconds)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    runs: dict[str, list[Run]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in.jsonl")
+        row = "Natalia sold clips to 48 of her friends in April, and then half as many in May. Number "
+        with source.open("wb") as file:
+            for number in range(args.rows):
+                file.write(orjson.dumps({"question": f"{row}{number}?", "answer": str(number)}) + b"\n")
+        for turn in range(args.rounds):
+            # The stub is reaped after its round, so its CPU is in no measurement.
+            with stub() as port:
+                out = Path(folder, f"out-{turn}.jsonl")
+                for name, command in subjects(source, out, port, args).items():
+                    runs.setdefault(name, []).append(measure(command, args.rows))
+                    check(out, args.rows, name)
+    show(runs, args)
+
+
+def check(out: Path, rows: int, name: str) -> None:
+    """What was written is complete; the files make room for the next subject."""
+    if "nothing written" not in name:
+        with out.open("rb") as file:
+            assert sum(1 for _ in file) == rows, f"{name} did not write {rows} rows"
+    for path in out.parent.glob(f"{out.name}*"):
+        path.unlink()
+
+
+def show(runs: dict[str, list[Run]], args: Args) -> None:
+    ours = statistics.median(run.cpu for run in runs["penstock generate"])
+    table = Table(title=f"{args.rows:,} rows, {args.concurrency} in flight, {os.cpu_count()} cores")
+    for heading in ("", "CPU µs / row", "× ours", "rows/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, found in runs.items():
+        cpu = statistics.median(run.cpu for run in found)
+        rate = statistics.median(run.rate for run in found)
+        table.add_row(name, f"{cpu:,.0f}", f"{cpu / ours:.1f}", f"{rate:,.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
