@@ -71,6 +71,7 @@ def wait_until_gone(pid: int, seconds: float) -> None:
 def test_traces_with_reasoning_from_the_shipped_model(tmp_path: Path) -> None:
     source, out = write_problems(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
     words = command(source, out, "-n", "2", "--temperature", "0.7", "--max-tokens", "300", "--seed", "5")
+    words += ["--engine-args", "threads=1", "max-num-seqs=16"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_bytes().splitlines()]

@@ -107,6 +107,25 @@ def test_failed_rows_make_the_exit_status_and_are_listed(source: Path, tmp_path:
     assert len(out.read_bytes().splitlines()) == ROWS - 2
 
 
+def test_a_write_that_fails_stops_the_job_and_the_accounting_is_what_was_written(
+    source: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for a full disk."""
+    out = tmp_path / "out.jsonl"
+    with ChatServer(latency=0.02) as server:
+        job = command(
+            source, "--out", out, "--prompt-column", "q", "--base-url", server.url, "--max-concurrent", 8
+        )
+        limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "limited", *job]
+        stopped = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+        assert stopped.returncode == 1
+        assert "could not be written (File too large)" in stopped.stderr
+        assert server.asked.total() < ROWS
+        assert int(stopped.stderr.split()[1]) <= len(out.read_bytes().splitlines())
+        assert generate(*job[4:]).returncode == 0
+    assert_complete(out)
+
+
 def test_open_r1_names_and_templates_and_api_addr(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     with ChatServer() as server:

@@ -133,19 +133,21 @@ class Job:
             raise
         self.repaired = self._sink.repaired
         state = self.journal.state
+        self._rows_before = state.written()
         samples = sum(len(found) for found in state.samples.values())
         self.progress = Progress(
             rows=survey.rows,
-            rows_done=state.written(),
+            rows_done=self._rows_before,
             rows_failed=len(state.failures),
             samples=survey.rows * settings.num_generations,
-            samples_done=state.written() * settings.num_generations + samples,
+            samples_done=self._rows_before * settings.num_generations + samples,
             samples_failed=sum(len(found) for found in state.failures.values()),
         )
 
     def accounting(self) -> Accounting:
+        """What is in the files, as far as it has been written."""
         progress = self.progress
-        return Accounting(progress.rows, progress.rows_done, progress.rows_failed)
+        return Accounting(progress.rows, self._rows_before + self._sink.rows_written, progress.rows_failed)
 
     def __enter__(self) -> Self:
         return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -61,7 +60,7 @@ class GenerateArgs:
     engine: Literal["embedded"] | None = None
     """Start this engine for the job and stop it afterwards; or give --base-url."""
     engine_args: tuple[str, ...] = ()
-    """Further flags for the engine that is started, as one quoted list each: --engine-args '--threads 2'."""
+    """Flags for the engine that is started, without their dashes: --engine-args threads=2 max-num-seqs=64."""
     model: str | None = None
     """A checkpoint folder for --engine embedded (default: the shipped model); else the served model's name
     (default: the only one there is)."""
@@ -82,9 +81,8 @@ def main(argv: list[str]) -> int:
     _check(args)
     form = _prompt_format(args)
     source = JsonlInput(args.input)
-    survey = source.survey(form)
     try:
-        return run(_generate(args, source, survey, form))
+        return run(_generate(args, source, source.survey(form), form))
     except KeyboardInterrupt:
         return INTERRUPTED
 
@@ -174,7 +172,7 @@ async def _engine(args: GenerateArgs, console: Console) -> AsyncIterator[list[st
         yield _urls(args)
         return
     folder = _checkpoint(args)
-    flags = [word for words in args.engine_args for word in shlex.split(words)]
+    flags = [f"--{word}" for word in args.engine_args]
     async with AsyncExitStack() as stack:
         with console.status(f"starting the embedded engine on {folder.name}"):
             server = await stack.enter_async_context(EmbeddedServer(folder, flags))
