@@ -179,6 +179,7 @@ def test_an_output_no_journal_knows_is_not_touched(files: Files) -> None:
     with pytest.raises(ConfigError, match="is not empty and its journal"):
         files.run()
     assert files.out.read_text() == "precious\n"
+    assert not files.failures.exists()
 
 
 def test_a_file_that_is_no_journal_is_refused(files: Files) -> None:

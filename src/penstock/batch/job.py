@@ -129,7 +129,7 @@ class Job:
                 self.journal.forget_failures()
             self._sink = Sink(settings.out, settings.failures_path, self.journal)
         except BaseException:
-            self.journal.close()
+            self.journal.discard()
             raise
         self.repaired = self._sink.repaired
         state = self.journal.state

@@ -184,6 +184,7 @@ class Journal:
         self._fd = _open_locked(path)
         try:
             self._cut_torn_line()
+            self._is_new = os.fstat(self._fd).st_size == 0
             if not self._holds_job(header):
                 os.ftruncate(self._fd, 0)
                 self.append(encode(b"job", orjson.dumps(msgspec.to_builtins(header))))
@@ -218,6 +219,12 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._fd)
+
+    def discard(self) -> None:
+        """Close, and leave no trace of a job that never was: a journal made just now is removed."""
+        if self._is_new:
+            self.path.unlink(missing_ok=True)
+        self.close()
 
     def _holds_job(self, header: Header) -> bool:
         """Whether there is anything to resume. Raises when what is there is another job's."""

@@ -137,7 +137,7 @@ async def _log(progress: Progress, rates: Rates, console: Console) -> None:
     while True:
         await asyncio.sleep(LOG_INTERVAL)
         rates.mark(monotonic())
-        console.print(_line(progress, rates), highlight=False)
+        console.print(_line(progress, rates), highlight=False, soft_wrap=True)
 
 
 def _facts(progress: Progress, rates: Rates) -> list[tuple[str, str]]:

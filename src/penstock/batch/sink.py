@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from penstock.batch.journal import Journal, encode, sync_file, write_all
-from penstock.errors import ConfigError, WriteFailed
+from penstock.errors import ConfigError
 
 FLUSH_INTERVAL = 0.05
 """Seconds between the end of a flush and the next; 0.3 at 10,000 rows a second, on a busy loop."""
@@ -57,10 +57,13 @@ class Sink:
         self._pending = 0
         self._room = asyncio.Event()
         self._room.set()
-        self._broken: WriteFailed | None = None
+        self._broken: Exception | None = None
         self._flusher: asyncio.Task[None] | None = None
 
     def close(self) -> None:
+        """Close the files; a failures file without failures is removed."""
+        if os.fstat(self._failures_fd).st_size == 0:
+            self._failures_path.unlink(missing_ok=True)
         os.close(self._failures_fd)
         os.close(self._fd)
 
@@ -76,7 +79,7 @@ class Sink:
         await asyncio.wait([self._flusher])
         if self._broken is None:
             await asyncio.to_thread(self._flush_all)
-        if self._broken is not None and not isinstance(error, WriteFailed):
+        if self._broken is not None and self._broken is not error:
             raise self._broken
 
     def add_sample(self, row: int, index: int, payload: bytes) -> None:
@@ -116,7 +119,7 @@ class Sink:
                 continue
             try:
                 await _finish(loop.run_in_executor(None, self._flush, *self._take(), due))
-            except WriteFailed as error:
+            except Exception as error:  # whatever it is, `room` and `__aexit__` raise it
                 self._broken = error
                 self._room.set()
                 return

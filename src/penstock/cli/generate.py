@@ -22,12 +22,14 @@ from penstock.batch.report import how_to_go_on, print_report
 from penstock.cli.limits import check_open_files
 from penstock.client import Client
 from penstock.errors import ConfigError, PenstockError, ResponseError, TransportError
-from penstock.fleet.retry import Retry
 from penstock.models import ARITHMETIC
 from penstock.prompt import JsonlInput, PromptFormat, Survey, Template
 from penstock.sample import SamplingParams
 from penstock.servers.embedded import EmbeddedServer
 from penstock.wire.loop import run
+
+NO_MODEL_LIST = 404
+"""Status of a server that does not list its models; the name given is then taken on trust."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM: the shell's convention for SIGINT."""
@@ -182,28 +184,34 @@ async def _engine(args: GenerateArgs, console: Console) -> AsyncIterator[list[st
 async def served_model(urls: Sequence[str], wanted: str | None, api_key: str | None) -> str:
     """The name requests will call the model, after asking each server what it serves.
 
-    Raises ConfigError when no server answers, or when one of them does not serve `wanted`; without `wanted`
-    the servers must all serve the same single model.
+    Raises ConfigError when a server does not answer, refuses, or does not serve `wanted`; without it the
+    servers must all serve the same single model.
     """
-    served: dict[str, list[str]] = {}
-    for url in urls:
-        async with Client(url, api_key=api_key, retry=Retry(attempts=1)) as client:
-            try:
-                served[url] = await client.models()
-            except (TransportError, ResponseError) as error:
-                raise ConfigError(
-                    f"No engine answers at {url} ({error}): start it, or name another."
-                ) from None
+    served = {url: await _models_of(url, wanted, api_key) for url in urls}
     common = set.intersection(*map(set, served.values()))
     if wanted is None and len(common) == 1:
         return common.pop()
     if wanted in common:
         return wanted
-    for url, names in served.items():
-        if wanted not in names:
-            offer = ", ".join(names) or "no model at all"
-            raise ConfigError(f"{url} does not serve the model {wanted!r}: give --model one of {offer}.")
-    raise AssertionError(served)
+    url, names = next((url, names) for url, names in served.items() if wanted not in names)
+    offer = ", ".join(names) or "no model at all"
+    if wanted is None:
+        raise ConfigError(f"Which model? {url} serves {offer}: name one that all servers have with --model.")
+    raise ConfigError(f"{url} does not serve the model {wanted!r}: give --model one of {offer}.")
+
+
+async def _models_of(url: str, wanted: str | None, api_key: str | None) -> list[str]:
+    async with Client(url, api_key=api_key) as client:
+        try:
+            return await client.models()
+        except TransportError as error:
+            raise ConfigError(f"No engine answers at {url} ({error}): start it, or name another.") from None
+        except ResponseError as error:
+            if error.status == NO_MODEL_LIST and wanted is not None:
+                return [wanted]
+            raise ConfigError(
+                f"{url} does not say what it serves ({error}): check URL, key and --model."
+            ) from None
 
 
 @contextmanager

@@ -8,24 +8,18 @@ after SIGTERM or SIGINT, 1 when the engine died. What is in flight at a signal m
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
 import sys
 from typing import Final
 
-import uvloop
-
 from penstock.engine.app import EngineApp
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import LLMEngine
 from penstock.engine.options import PARENT, ServerOptions
+from penstock.wire.loop import run
 from penstock.wire.server import HttpServer
-
-GC_THRESHOLD: Final = 100_000
-"""Container objects between two runs of the collector's youngest generation: with thousands of requests in
-flight the default of 700 costs a third of the time of the HTTP side."""
 
 SWITCH_INTERVAL: Final = 0.0005
 """Seconds the loop's thread may keep the interpreter lock from the engine's thread, and the other way round.
@@ -45,25 +39,21 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
     # One prompt at a time is tokenized: a pool of threads for it would only add hand-overs.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.setswitchinterval(SWITCH_INTERVAL)
-    llm = LLMEngine(config)
-    return uvloop.run(_serve(llm, options))
-
-
-async def _serve(llm: LLMEngine, options: ServerOptions) -> int:
     app = EngineApp(
-        llm,
+        LLMEngine(config),
         served_model_names=options.served_model_name,
         prompt_tokens_details=options.enable_prompt_tokens_details,
     )
+    return run(_serve(app, options))
+
+
+async def _serve(app: EngineApp, options: ServerOptions) -> int:
     server = HttpServer(app.handle, options.host, options.port)
     await server.start()
     app.engine.start()
     stop = _Stop()
     if options.exit_with_parent:
         stop.watch_parent()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"penstock engine ready on http://{host}:{server.port}", flush=True)  # noqa: T201
     await asyncio.wait((stop.wished, app.engine.dead), return_when=asyncio.FIRST_COMPLETED)
