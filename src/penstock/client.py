@@ -15,6 +15,7 @@ import random
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Final
 
@@ -200,7 +201,10 @@ class Client:
         session = self._session
         if session is None:
             raise ConfigError("the client is not open: use it inside `async with`")
-        if session.loop is not asyncio.get_running_loop():
+        # get_running_loop costs a system call (getpid): it is asked only when the cheap signs are against us.
+        if (get_ident() != session.thread or not session.loop.is_running()) and (
+            session.loop is not asyncio.get_running_loop()
+        ):
             raise ConfigError("the client is open in another event loop: open one of its own in each")
         return session
 
@@ -241,6 +245,7 @@ class _Session:
 
     def __init__(self, client: Client) -> None:
         self.loop = asyncio.get_running_loop()
+        self.thread = get_ident()
         self.retries = 0
         self.dispatch = Dispatch(client.addresses, max_in_flight=client.max_in_flight)
         self.pools = [

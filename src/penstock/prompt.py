@@ -43,10 +43,16 @@ class Prompt(msgspec.Struct, frozen=True):
 
     position: int
     """Place of the row in the input, from 0."""
-    key: str
+    id: str | None
+    """Value of the id column, where there is one."""
     messages: list[Message]
     fields: bytes
     """The row itself: one JSON object, without a line end."""
+
+    @property
+    def key(self) -> str:
+        """The row's name: its id, else the hash of its content."""
+        return content_hash(orjson.loads(self.fields)).hex() if self.id is None else self.id
 
 
 class Survey(msgspec.Struct, frozen=True):
@@ -90,11 +96,11 @@ class PromptFormat(msgspec.Struct, frozen=True, kw_only=True):
     def prompt(self, position: int, where: str, line: bytes) -> Prompt:
         """Raises ConfigError, which names `where`, for a row that is no JSON object or lacks a column."""
         row = parse_row(where, line)
-        return Prompt(position, self.key(where, row), self.messages(where, row), line)
+        return Prompt(position, self.id(where, row), self.messages(where, row), line)
 
-    def key(self, where: str, row: dict[str, Any]) -> str:
+    def id(self, where: str, row: dict[str, Any]) -> str | None:
         if self.id_column is None:
-            return content_hash(row).hex()
+            return None
         value = _column(where, row, self.id_column)
         if isinstance(value, bool | list | dict) or value is None:
             raise ConfigError(f"{where}: the id column {self.id_column!r} must hold text or a number.")
@@ -188,7 +194,7 @@ class JsonlInput(msgspec.Struct, frozen=True):
         input, and for an id that stands on two rows of different content.
         """
         digest = blake2b(digest_size=KEY_BYTES)
-        ids = None if form.id_column is None else _IdLedger()
+        ids = _IdLedger()
         rows = 0
         for where, line in self.lines():
             row = parse_row(where, line)
@@ -197,12 +203,12 @@ class JsonlInput(msgspec.Struct, frozen=True):
                 raise ConfigError(f"{where}: the column {taken[0]!r} is one of the result's own; rename it.")
             content = content_hash(row)
             digest.update(content)
-            if ids is not None:
-                ids.add(form.key(where, row), content)
+            if (id := form.id(where, row)) is not None:
+                ids.add(id, content)
             rows += 1
         if rows == 0:
             raise ConfigError(f"{self.path} holds no rows.")
-        if ids is not None and (clash := ids.clash()) is not None:
+        if (clash := ids.clash()) is not None:
             raise ConfigError(self._describe_clash(form, clash))
         return Survey(rows, digest.hexdigest())
 
@@ -210,12 +216,12 @@ class JsonlInput(msgspec.Struct, frozen=True):
         seen: dict[str, tuple[str, bytes]] = {}
         for where, line in self.lines():
             row = parse_row(where, line)
-            key = form.key(where, row)
-            if _hash64(key.encode()) == clash:
+            id = form.id(where, row)
+            if id is not None and _hash64(id.encode()) == clash:
                 content = content_hash(row)
-                first, other = seen.setdefault(key, (where, content))
+                first, other = seen.setdefault(id, (where, content))
                 if other != content:
-                    return f"The id {key!r} is used twice with different content: {first} and {where}."
+                    return f"The id {id!r} is used twice with different content: {first} and {where}."
         return f"{self.path} changed while it was read."
 
 
@@ -240,8 +246,8 @@ class _IdLedger:
     def __init__(self) -> None:
         self._buckets = [array("Q") for _ in range(self.BUCKETS)]
 
-    def add(self, key: str, content: bytes) -> None:
-        hashed = _hash64(key.encode())
+    def add(self, id: str, content: bytes) -> None:
+        hashed = _hash64(id.encode())
         self._buckets[hashed % self.BUCKETS].extend((hashed, int.from_bytes(content[:8], "little")))
 
     def clash(self) -> int | None:

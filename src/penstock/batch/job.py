@@ -173,7 +173,8 @@ class Job:
 
     async def _work(self, work: Iterator[_Owed], client: Client) -> None:
         for row, index in work:
-            await self._sink.room()
+            if self._sink.is_full:
+                await self._sink.room()
             self.progress.in_flight += 1
             try:
                 await self._generate(row, index, client)

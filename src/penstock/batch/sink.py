@@ -20,7 +20,7 @@ from typing import Self
 from penstock.batch.journal import Journal, encode, sync_file, write_all
 from penstock.errors import ConfigError
 
-FLUSH_INTERVAL = 0.05
+FLUSH_INTERVAL = 0.1
 """Seconds between the end of a flush and the next; 0.3 at 10,000 rows a second, on a busy loop."""
 
 SYNC_INTERVAL = 0.5
@@ -97,10 +97,14 @@ class Sink:
         self._rows.append((row, line + b"\n"))
         self._count(len(line))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing should be handed in before `room` has returned."""
+        return self._broken is not None or not self._room.is_set()
+
     async def room(self) -> None:
         """Wait while more than `MAX_PENDING` bytes are unwritten. Raises WriteFailed after a failed write."""
-        if not self._room.is_set():
-            await self._room.wait()
+        await self._room.wait()
         if self._broken is not None:
             raise self._broken
 
