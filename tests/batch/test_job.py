@@ -191,3 +191,22 @@ def test_rows_are_spread_over_several_servers(source: JsonlInput) -> None:
         assert run(source, settings, [one.url, two.url]).complete
         assert min(one.asked.total(), two.asked.total()) >= 15
     assert_complete(settings)
+
+
+def test_a_server_that_goes_away_in_the_middle_costs_no_row(source: JsonlInput) -> None:
+    settings = settings_for(source, num_generations=4)
+
+    async def main(urls: list[str], leaving: ChatServer) -> Accounting:
+        with Job(source, source.survey(FORM), settings) as job:
+            async with asyncio.timeout(30), Client(urls, model=MODEL, retry=QUICK) as client:
+                task = asyncio.create_task(job.run(client))
+                while leaving.asked.total() < 20:  # noqa: ASYNC110 - it counts in another thread
+                    await asyncio.sleep(0.005)
+                await asyncio.to_thread(leaving.__exit__, None, None, None)
+                return await task
+
+    with ChatServer(latency=0.02) as staying:
+        leaving = ChatServer(latency=0.02).__enter__()
+        assert uvloop.run(main([leaving.url, staying.url], leaving)).complete
+    assert_complete(settings)
+    assert leaving.asked.total() < 100
