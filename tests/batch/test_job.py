@@ -149,7 +149,7 @@ def test_cancelled_anywhere_it_goes_on_where_it_was(source: JsonlInput) -> None:
                 task.cancel()
                 await asyncio.wait([task], timeout=5)
                 assert task.done()
-                assert job.progress.in_flight == 0
+                assert job.progress.in_flight() == 0
 
     with ChatServer(latency=0.02) as server:
         for _ in range(6):

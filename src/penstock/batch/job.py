@@ -35,6 +35,7 @@ from penstock.errors import (
     ResponseError,
     TransportError,
 )
+from penstock.fleet.retry import classify
 from penstock.prompt import JsonlInput, Prompt, PromptFormat, Survey
 from penstock.sample import SamplingParams
 
@@ -159,10 +160,11 @@ class Job:
     async def run(self, client: Client) -> Accounting:
         """Generate all that is owed, once.
 
-        Raises WriteFailed, ConnectFailed or RequestRejected when the job cannot go on, and ConfigError when
-        the input changed under it; all that was finished by then is kept.
+        Raises WriteFailed, ConnectFailed, PhaseTimeout or RequestRejected when the job cannot go on, and
+        ConfigError when the input changed under it; all that was finished by then is kept.
         """
         work = self._owed()
+        self.progress.in_flight = lambda: sum(client.statistics().in_flight.values())
         try:
             async with self._sink, asyncio.TaskGroup() as group:
                 for _ in range(min(self.settings.max_concurrent, self.progress.samples_owed or 1)):
@@ -175,11 +177,7 @@ class Job:
         for row, index in work:
             if self._sink.is_full:
                 await self._sink.room()
-            self.progress.in_flight += 1
-            try:
-                await self._generate(row, index, client)
-            finally:
-                self.progress.in_flight -= 1
+            await self._generate(row, index, client)
 
     async def _generate(self, row: _Row, index: int, client: Client) -> None:
         try:
@@ -247,4 +245,4 @@ def _is_hopeless(error: PenstockError) -> bool:
     """Whether every other row would meet the same error."""
     if isinstance(error, RequestRejected):
         return error.status in HOPELESS_STATUS
-    return isinstance(error, ConnectFailed)
+    return isinstance(error, ConnectFailed) or classify(error).refused

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
@@ -52,7 +52,8 @@ class Progress:
         self.resumed_samples = samples_done
         """Samples that were there when this run began."""
         self.samples_failed = samples_failed
-        self.in_flight = 0
+        self.in_flight: Callable[[], int] = lambda: 0
+        """Asks how many requests are sent and not answered now."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.retries = 0
@@ -146,7 +147,7 @@ def _facts(progress: Progress, rates: Rates) -> list[tuple[str, str]]:
         ("rows", f"{progress.rows_done:,}/{progress.rows:,}"),
         ("samples", f"{progress.samples_done:,}/{progress.samples:,}"),
         ("tokens/s", f"{rates.tokens():,.0f}"),
-        ("in flight", f"{progress.in_flight:,}"),
+        ("in flight", f"{progress.in_flight():,}"),
         ("retries", f"{progress.retries:,}"),
         ("failed", f"{progress.rows_failed:,}" + (f" ({failures})" if failures else "")),
         ("ETA", _duration(rates.eta())),
