@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from penstock.engine.size import Size
 from penstock.errors import ConfigError
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -39,9 +40,9 @@ class EngineConfig:
     """Tokens in a KV block. Eight fill a vector register; on average 3.5 slots of a sequence are empty."""
     num_gpu_blocks_override: int | None = None
     """KV blocks, whatever the device; goes before `kv_cache_memory_bytes`."""
-    kv_cache_memory_bytes: int | None = None
-    """KV cache size in bytes. None: on CUDA what memory is left; on CPU 1,024 tokens for each sequence, or
-    one of the longest if that is more, within a quarter of the free memory."""
+    kv_cache_memory_bytes: Size | None = None
+    """KV cache size in bytes, also as 64M. None: on CUDA what memory is left; on CPU 1,024 tokens for each
+    sequence, or one of the longest if that is more, within a quarter of the free memory."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights and KV cache may take together."""
     max_num_seqs: int = 256
