@@ -44,6 +44,20 @@ def test_damaged_gzip_is_named(tmp_path: Path) -> None:
         JsonlInput(path).survey(FORM)
 
 
+def test_a_zstd_file_cut_off_at_the_end_of_a_line_is_damaged_not_short(tmp_path: Path) -> None:
+    """Nothing but the frame, which does not end, says that rows are missing."""
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS]
+    packer = zstandard.ZstdCompressor().compressobj()
+    data = b"".join(lines[:5])
+    packed = packer.compress(data) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    path = tmp_path / "in.jsonl.zst"
+    path.write_bytes(packed + packer.compress(b"".join(lines[5:])))
+    with pytest.raises(ConfigError, match="damaged after line 5"):
+        JsonlInput(path).survey(FORM)
+    path.write_bytes(zstandard.ZstdCompressor().compress(data))
+    assert JsonlInput(path).survey(FORM).rows == 5
+
+
 def test_survey_does_not_see_white_space_or_column_order_but_sees_content(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", [{"question": "x", "n": 1}])
     two = tmp_path / "b.jsonl"

@@ -19,13 +19,16 @@ from array import array
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import msgspec
 import orjson
 import zstandard
 
 from penstock.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 Message = dict[str, Any]
 
@@ -34,6 +37,9 @@ KEY_BYTES = 16
 
 RESERVED_COLUMNS = ("generations", "finish_reasons", "api_metadata", "reasonings")
 """Columns of a result, which an input must not have of its own."""
+
+READ_BYTES = 1 << 16
+"""Bytes of a compressed file taken at a time: they may become a thousand times as many."""
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
 
@@ -229,9 +235,45 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        stream = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True)
-        return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20))
+        return io.BufferedReader(_ZstdFile(path), READ_BYTES)
     return path.open("rb", buffering=1 << 20)
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of a .zst file of any number of frames. EOFError where the last one is cut off."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._begun = False
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Buffer) -> int:
+        target = memoryview(buffer)
+        while not self._output:
+            self._input = self._input or self._file.read(READ_BYTES)
+            if not self._input:
+                if self._begun:
+                    raise EOFError("its last frame is cut off")
+                return 0
+            self._decompress()
+        count = min(len(target), len(self._output))
+        target[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def _decompress(self) -> None:
+        self._output = memoryview(self._frame.decompress(self._input))
+        self._begun, self._input = not self._frame.eof, self._frame.unused_data
+        if self._frame.eof:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
 
 
 def _hash64(data: bytes) -> int:
