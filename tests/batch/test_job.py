@@ -210,3 +210,15 @@ def test_a_server_that_goes_away_in_the_middle_costs_no_row(source: JsonlInput) 
         assert uvloop.run(main([leaving.url, staying.url], leaving)).complete
     assert_complete(settings)
     assert leaving.asked.total() < 100
+
+
+def test_rows_of_equal_content_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"q": "question 1"}\n' * 3)
+    source = JsonlInput(path)
+    settings = settings_for(source)
+    with ChatServer() as server:
+        assert run(source, settings, server.url) == Accounting(3, 3, 0)
+        assert run(source, settings, server.url) == Accounting(3, 3, 0)
+        assert server.asked.total() == 3
+    assert [row["q"] for row in rows_of(settings)] == ["question 1"] * 3
