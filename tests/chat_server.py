@@ -32,9 +32,14 @@ def answer_to(message: str) -> str:
 class ChatServer:
     """`with ChatServer() as server:` serves on 127.0.0.1:`server.port` until the block ends."""
 
-    def __init__(self, behaviour: Behaviour = lambda message, asked: None, *, latency: float = 0.0) -> None:
+    def __init__(
+        self, behaviour: Behaviour = lambda message, asked: None, *, latency: float = 0.0, slow: str = ""
+    ) -> None:
         self.behaviour = behaviour
         self.latency = latency
+        """Seconds before a request is answered."""
+        self.slow = slow
+        """A message whose answer takes 50 times as long."""
         self.asked: Counter[str] = Counter()
         self.requests: list[dict[str, Any]] = []
         self.in_flight = 0
@@ -90,7 +95,8 @@ class ChatServer:
         self.peak = max(self.peak, self.in_flight)
         exchange.on_disconnect = self._abandon
         if self.latency:
-            asyncio.get_running_loop().call_later(self.latency, self._answer, exchange, message)
+            wait = 50 * self.latency if message == self.slow else self.latency
+            asyncio.get_running_loop().call_later(wait, self._answer, exchange, message)
         else:
             self._answer(exchange, message)
 

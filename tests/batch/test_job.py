@@ -71,12 +71,18 @@ def test_every_row_is_written_once_with_its_own_bytes(source: JsonlInput) -> Non
 
 
 def test_a_freed_slot_is_filled_at_once(source: JsonlInput) -> None:
-    """With one slow row, the other seven slots go on: a chunked job would wait for it five times."""
+    """While one row takes 50 times as long, the other seven slots do all the rest: there is no barrier."""
     settings = settings_for(source)
-    with ChatServer(latency=0.02) as server:
-        server.behaviour = lambda message, asked: None
+    answered_before_the_slow_one: list[int] = []
+
+    def note(message: str, asked: int) -> None:
+        if message == server.slow:
+            answered_before_the_slow_one.append(server.asked.total() - server.in_flight - 1)
+
+    with ChatServer(note, latency=0.02, slow="question 2") as server:
         run(source, settings, server.url)
         assert server.peak == settings.max_concurrent
+    assert answered_before_the_slow_one == [39]
 
 
 def test_samples_survive_their_siblings_failure(source: JsonlInput) -> None:

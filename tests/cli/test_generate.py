@@ -66,7 +66,10 @@ def test_killed_at_random_moments_and_run_again_every_row_is_there_once(source: 
         assert server.asked.total() < ROWS + kills * 24
 
 
-def test_ctrl_c_stops_within_two_seconds_and_says_how_to_go_on(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_job_within_two_seconds_and_it_says_how_to_go_on(
+    source: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     out = tmp_path / "out.jsonl"
     with ChatServer(latency=0.2) as server:
         job = command(
@@ -77,7 +80,7 @@ def test_ctrl_c_stops_within_two_seconds_and_says_how_to_go_on(source: Path, tmp
         while server.asked.total() < 20 and time.monotonic() < deadline:
             time.sleep(0.01)
         pressed = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate(timeout=10)
         assert time.monotonic() - pressed < 2
         assert process.returncode == 130

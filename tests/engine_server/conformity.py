@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from typing import Any
 
+from penstock.wire.sse import EventParser
 from tests.engine_server.cases import Case
 
 TOLERANCE = 1e-4
@@ -119,7 +120,7 @@ def _stable(value: Any) -> Any:
 
 
 def _observed_stream(content: str) -> dict[str, Any]:
-    payloads = [part.removeprefix("data: ") for part in content.split("\n\n") if part]
+    payloads = [data.decode() for data in EventParser().feed(content.encode())]
     events = [json.loads(payload) for payload in payloads[:-1]]
     shapes = {json.dumps(shape(event), sort_keys=True) for event in events}
     return {

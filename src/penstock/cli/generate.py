@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
     source = JsonlInput(args.input)
     try:
         return run(_generate(args, source, source.survey(form), form))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
 
 
@@ -112,6 +112,8 @@ async def run_job(job: Job, urls: Sequence[str], api_key: str | None, console: C
         console.print(
             f"{job.settings.out}: {job.repaired:,} bytes at its end were not whole and are written again."
         )
+    if damaged := job.journal.state.damaged:
+        console.print(f"{job.journal.path}: {damaged:,} damaged lines; what they held is done again.")
     progress = job.progress
     started = monotonic()
 

@@ -35,11 +35,6 @@ class BlockPool:
         """Blocks with a reference."""
         return self.num_blocks - self.num_free
 
-    @property
-    def num_idle(self) -> int:
-        """Blocks without a reference whose content can still be found."""
-        return len(self._idle)
-
     def allocate(self) -> int:
         """A block with one reference and unknown content; the longest idle one if none is free.
 
