@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from penstock.engine.kv_cache import BlockPool
 from penstock.engine.sampling import SamplingParams
-from penstock.engine.scheduler import Scheduler, Step
+from penstock.engine.scheduler import Pause, Scheduler, Step
 from penstock.engine.sequence import Sequence
 
 VOCAB = 2
@@ -90,9 +90,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     def forget(self) -> None:
         self.pool.forget()
 
+    @rule(how=st.sampled_from(Pause))
+    def pause(self, how: Pause) -> None:
+        self.scheduler.pause = how
+
+    @rule(salt=st.integers(0, 3))
+    def drain(self, salt: int) -> None:
+        """What has begun ends, whether it has a place or not, and nothing else begins."""
+        begun = {sequence.request_id for sequence in self.scheduler.running}
+        begun |= {sequence.request_id for sequence in self.unfinished if sequence.preempted}
+        running = list(self.scheduler.running)
+        self.scheduler.pause = Pause.NEW
+        while self.scheduler.can_run():
+            assert {sequence.request_id for sequence in self.scheduler.running} <= begun
+            self.step(salt)
+        assert not any(sequence in self.unfinished for sequence in running)
+
+    @rule()
+    def preempt_all(self) -> None:
+        self.scheduler.preempt_all()
+        assert self.scheduler.running == []
+        assert self.pool.num_held == 0
+
     def step(self, salt: int) -> None:
         running_before = list(self.scheduler.running)
+        can_run = self.scheduler.can_run()
         step = self.scheduler.schedule()
+        assert bool(step.sequences) == can_run
         self.check_shape(step, running_before)
         self.compute(step)
         for sequence in step.sampled:
@@ -107,8 +131,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(step.tokens) == sum(step.counts) <= self.budget
         assert len(set(map(id, step.sequences))) == len(step.sequences) <= self.max_num_seqs
         assert all(count >= 1 for count in step.counts)
-        assert bool(step.sequences) == bool(self.unfinished)
-        if step.sequences:
+        if self.scheduler.pause is Pause.ALL:
+            assert not step.sequences
+            return
+        if self.scheduler.pause is Pause.NONE:
+            assert bool(step.sequences) == bool(self.unfinished)
+        if step.sequences and self.scheduler.pause is Pause.NONE:
             oldest = min(self.unfinished, key=lambda sequence: sequence.arrival)
             assert oldest in step.sequences or oldest in step.sampled
         still = [sequence for sequence in running_before if sequence.row >= 0]
@@ -183,6 +211,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """All that was admitted finishes, and then nothing is held."""
         if not hasattr(self, "pool"):
             return
+        self.scheduler.pause = Pause.NONE
         bound = 10 + 40 * sum(sequence.limit for sequence in self.unfinished)
         for _ in range(bound):
             if not self.unfinished:

@@ -10,7 +10,7 @@ import torch
 from penstock.engine.config import BackendName
 from tests.engine_core.checkpoints import Reference
 from tests.engine_core.conftest import FAMILIES
-from tests.engine_core.runs import drain, engine, greedy, prompts
+from tests.engine_core.runs import Completion, Completions, drain, engine, greedy, prompts
 
 BACKENDS: tuple[BackendName, ...] = ("native", "torch")
 
@@ -90,19 +90,38 @@ def test_tokens_from_the_prefix_cache(qwen3: Path, references: dict[str, Referen
     assert completions["same", 0].tokens == completions["0", 0].tokens
 
 
-def test_a_reset_prefix_cache_is_empty(qwen3: Path) -> None:
-    """Also of what running sequences computed before the reset, or compute on top of it."""
+def test_replaced_weights_leave_no_cached_prefix(qwen3: Path) -> None:
+    """Also none of what running sequences computed before, or compute on top of it."""
     subject = engine(qwen3)
     (prompt,) = prompts(4, [40])
     subject.add_request("a", prompt, greedy(40))
     for _ in range(5):
         subject.step()
-    subject.reset_prefix_cache()
+    subject.replace_weights({})
     completions = drain(subject)
     subject.add_request("b", prompt + completions["a", 0].tokens, greedy(1))
     assert drain(subject)["b", 0].cached == 0
     subject.add_request("c", prompt, greedy(1))
     assert drain(subject)["c", 0].cached == 32
+
+
+def test_prefix_cache_is_reset_when_nothing_runs(qwen3: Path, references: dict[str, Reference]) -> None:
+    subject = engine(qwen3, max_num_seqs=2)
+    first, *others = prompts(4, [40, 30, 20])
+    asked = {"0": others[0], "1": others[1], "a": first}
+    for name, prompt in asked.items():
+        subject.add_request(name, prompt, greedy(40))
+    completions: Completions = {}
+    for _ in range(5):
+        for output in subject.step():
+            completions.setdefault((output.request_id, 0), Completion()).tokens += output.token_ids
+    assert not subject.reset_prefix_cache()
+    assert subject.reset_prefix_cache(reset_running_requests=True)
+    assert (subject.stats().running, subject.stats().kv_blocks_used) == (0, 0)
+    assert subject.stats().preemptions == 2
+    drain(subject, completions)
+    for name, prompt in asked.items():
+        assert completions[name, 0].tokens == references["qwen3"].greedy(prompt, 40)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

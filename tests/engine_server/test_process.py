@@ -111,6 +111,38 @@ def test_request_that_outlasts_the_grace_is_told(checkpoint: Path) -> None:
         assert child.returncode == 0
 
 
+def test_signal_ends_a_paused_engine(checkpoint: Path) -> None:
+    with process(command(checkpoint, "--shutdown-timeout", "0.1", "--api-key", "sesame", "other")) as child:
+        port = port_of(child)
+        control = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        control.request("POST", "/pause")
+        assert control.getresponse().read() == b'{"status":"paused"}'
+        refused = posted(port, {"prompt": "a"})
+        assert refused.getresponse().status == 401
+        held = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        headers = {"content-type": "application/json", "authorization": "Bearer other"}
+        held.request("POST", "/v1/completions", b'{"prompt": "a"}', headers)
+        waiting = HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+        waiting.request("POST", "/sleep?mode=wait")
+        waiting.getresponse().read()
+        child.send_signal(signal.SIGTERM)
+        response = held.getresponse()
+        assert response.status == 500
+        assert "shutting down" in json.loads(response.read())["error"]["message"]
+        child.communicate(timeout=TIMEOUT)
+        assert child.returncode == 0
+        for connection in (control, refused, held, waiting):
+            connection.close()
+
+
+def test_key_of_the_environment_is_asked_for(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    with process(command(checkpoint)) as child:
+        connection = posted(port_of(child), {"prompt": "a"})
+        assert connection.getresponse().status == 401
+        connection.close()
+
+
 def test_failed_step_ends_the_process(checkpoint: Path) -> None:
     with process(command(checkpoint, program=("-c", CRASHING))) as child:
         connection = posted(port_of(child), {"prompt": "a"})

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import getrandbits
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import orjson
 
-from penstock.engine.async_engine import AsyncEngine, Delta, Generation, Sample
+from penstock.engine.async_engine import AsyncEngine
 from penstock.engine.detokenizer import Detokenizer
+from penstock.engine.generation import Delta, Generation, Sample
 from penstock.engine.protocol import ChatRequest, CompletionRequest, GenerationRequest, Refused
 from penstock.engine.sampling import SamplingParams, TokenLogprobs
 from penstock.engine.tokenizer import Tokenizer
@@ -285,6 +286,12 @@ class Answer(ABC, Generic[R]):
         """The ids if the request asked for ids."""
         return token_ids if self.request.return_token_ids else None
 
+    def versions(self, generation: Generation, sample: Sample, start: int, stop: int) -> Json:
+        """The field with the versions of the weights that made tokens start:stop, if it was asked for."""
+        if not self.request.return_weight_versions:
+            return {}
+        return {"weight_versions": generation.weight_versions(sample, start, stop)}
+
     def ranked(self, sample: Sample, position: int) -> list[tuple[int, str, float]]:
         """(id, text, logprob) of the token at a position, then of the likeliest ones, each id once."""
         entry: TokenLogprobs = sample.logprobs[position]
@@ -326,6 +333,7 @@ class ChatAnswer(Answer[ChatRequest]):
             "stop_reason": sample.stop_reason,
             "token_ids": self.returned_ids(sample.token_ids),
             "routed_experts": None,
+            **self.versions(generation, sample, 0, len(sample.token_ids)),
         }
 
     def own_fields(self) -> Json:
@@ -352,6 +360,7 @@ class ChatAnswer(Answer[ChatRequest]):
             "logprobs": self._logprobs(sample, delta.start, delta.stop),
             "finish_reason": delta.finish_reason,
             "token_ids": self.returned_ids(sample.token_ids[delta.start : delta.stop]),
+            **self.versions(generation, sample, delta.start, delta.stop),
         }
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
@@ -413,6 +422,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             "prompt_logprobs": None,
             "prompt_token_ids": self.returned_ids(generation.prompt_token_ids),
             "routed_experts": None,
+            **self.versions(generation, sample, 0, len(sample.token_ids)),
         }
 
     def delta_choice(self, generation: Generation, index: int, delta: Delta) -> Json:
@@ -429,6 +439,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
             "stop_reason": delta.stop_reason,
             "prompt_token_ids": prompt,
             "token_ids": self.returned_ids(sample.token_ids[delta.start : delta.stop]),
+            **self.versions(generation, sample, delta.start, delta.stop),
         }
 
     def _logprobs(self, index: int, sample: Sample, start: int, stop: int) -> Json | None:
@@ -456,34 +467,3 @@ class CompletionAnswer(Answer[CompletionRequest]):
 def random_id() -> str:
     """16 hexadecimal digits."""
     return f"{getrandbits(64):016x}"
-
-
-def model_card(names: Sequence[str], root: str, max_model_len: int, created: int) -> Mapping[str, Any]:
-    """The answer to /v1/models."""
-    permission = {
-        "object": "model_permission",
-        "created": created,
-        "allow_create_engine": False,
-        "allow_sampling": True,
-        "allow_logprobs": True,
-        "allow_search_indices": False,
-        "allow_view": True,
-        "allow_fine_tuning": False,
-        "organization": "*",
-        "group": None,
-        "is_blocking": False,
-    }
-    cards = [
-        {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "penstock",
-            "root": root,
-            "parent": None,
-            "max_model_len": max_model_len,
-            "permission": [{"id": f"modelperm-{random_id()}", **permission}],
-        }
-        for name in names
-    ]
-    return {"object": "list", "data": cards}

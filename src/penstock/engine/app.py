@@ -1,4 +1,4 @@
-"""The engine behind HTTP: vLLM's OpenAI routes on one event loop, the model in a thread beside it.
+"""The engine behind HTTP: vLLM's routes on one event loop, the model in a thread beside it.
 
 Handlers are plain functions: they read the whole request, check it, submit it and return; answers are written
 by callbacks. So a request costs no task, and a client that goes away costs the engine nothing after the step
@@ -9,7 +9,7 @@ a 500.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -19,17 +19,18 @@ from typing import Any, Final, TypeVar
 import orjson
 
 from penstock.engine import metrics
+from penstock.engine.access import UNAUTHORIZED, ApiKeys
 from penstock.engine.answers import (
     Answer,
     ChatAnswer,
     CompletionAnswer,
     Served,
-    model_card,
     random_id,
     refusal,
 )
 from penstock.engine.async_engine import AsyncEngine
 from penstock.engine.chat_template import ChatTemplate
+from penstock.engine.control import Control
 from penstock.engine.engine import LLMEngine
 from penstock.engine.params import Defaults, Limits, check_prompt, completion_length, sampling_params
 from penstock.engine.protocol import (
@@ -49,6 +50,9 @@ from penstock.wire.server import Exchange, Request
 
 Handler = Callable[[Exchange], None]
 R = TypeVar("R", ChatRequest, CompletionRequest)
+
+MIN_MAX_BODY: Final = 64 << 20
+"""Bytes a request may have at least."""
 
 _CHAT: Final = Reader(ChatRequest)
 _COMPLETION: Final = Reader(CompletionRequest)
@@ -74,12 +78,15 @@ class EngineApp:
         *,
         served_model_names: tuple[str, ...] = (),
         prompt_tokens_details: bool = False,
+        api_keys: tuple[str, ...] = (),
     ) -> None:
         folder = Path(llm.config.model)
         self.names = served_model_names or (llm.config.model,)
         self._tokenizer = Tokenizer(folder)
         self.engine = AsyncEngine(llm, self._tokenizer.eos_token_id)
         self.limits = Limits(max_model_len=llm.max_model_len, vocab_size=llm.vocab_size)
+        self.max_body = max(MIN_MAX_BODY, llm.weights.largest_bytes() + MIN_MAX_BODY // 64)
+        """Bytes of a request: any tensor of the model can be sent in one."""
         self._root = llm.config.model
         self._created = int(time.time())
         self._defaults = Defaults.load(folder)
@@ -91,6 +98,7 @@ class EngineApp:
             fingerprint=fingerprint(llm),
             prompt_tokens_details=prompt_tokens_details,
         )
+        self._keys = ApiKeys(api_keys) if api_keys else None
         self._answers: set[Answer[Any]] = set()
         """Those in flight."""
         self._serials = count()
@@ -107,12 +115,15 @@ class EngineApp:
             "/metrics": {"GET": self._metrics},
             "/abort_requests": {"POST": self._abort},
             "/abort": {"POST": self._abort},
-            "/reset_prefix_cache": {"POST": self._reset_prefix_cache},
+            **Control(self.engine, llm).routes,
         }
 
     def handle(self, exchange: Exchange) -> None:
         """Routes one request."""
         request = exchange.request
+        if self._keys is not None and not self._keys.admit(request):
+            exchange.respond(401, UNAUTHORIZED)
+            return
         methods = self._routes.get(request.path)
         if methods is None:
             exchange.respond(404, b'{"detail":"Not Found"}')
@@ -242,10 +253,6 @@ class EngineApp:
         count = len(ids) if ids else sum(len(answer.generations) for answer in aborted)
         exchange.respond(200, orjson.dumps({"status": "aborted", "aborted": count}))
 
-    def _reset_prefix_cache(self, exchange: Exchange) -> None:
-        self.engine.reset_prefix_cache()
-        exchange.respond(200, b'{"success":true}')
-
     # -- state ------------------------------------------------------------------------------------
 
     def _health(self, exchange: Exchange) -> None:
@@ -278,3 +285,34 @@ def fingerprint(llm: LLMEngine) -> str:
     """Names the software and the settings that decide what is generated."""
     settings = repr((llm.config, llm.model_config)).encode()
     return f"penstock-{package_version()}-{blake2b(settings, digest_size=4).hexdigest()}"
+
+
+def model_card(names: Sequence[str], root: str, max_model_len: int, created: int) -> Mapping[str, Any]:
+    """The answer to /v1/models."""
+    permission = {
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    cards = [
+        {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "penstock",
+            "root": root,
+            "parent": None,
+            "max_model_len": max_model_len,
+            "permission": [{"id": f"modelperm-{random_id()}", **permission}],
+        }
+        for name in names
+    ]
+    return {"object": "list", "data": cards}

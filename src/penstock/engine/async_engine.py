@@ -1,13 +1,15 @@
 """The engine in a thread of its own, and the prompts it works on.
 
 Rules of the two threads:
-- The loop submits and aborts; these are commands, carried out by the engine's thread before its next
-  step, in order.
+- Whatever changes the engine is a command, carried out by the engine's thread before its next step, in
+  order: submit and abort from the loop, control from any thread.
 - A `Generation` belongs to the engine's thread from `submit` until its callback has been told of its end.
 - The loop is woken at most once a step, and only when a stream has new tokens or something has ended.
 - The callback of a submitted generation is called with `done` set exactly once, whatever happens: finished,
   aborted or failed. The one exception is a generation dropped by `discard`, which is not heard of again.
-- If a step fails, the engine is dead: everything in flight fails, and all that is submitted later.
+- A control command ends with a result or an error, and after all that it ended has been delivered.
+- If a step fails, or a command other than by refusing, the engine is dead: everything in flight fails, and
+  all that is submitted later.
 """
 
 from __future__ import annotations
@@ -17,110 +19,35 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
-from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.engine import LLMEngine, Output
+from penstock.engine.generation import Delta, Generation, Sample
 from penstock.engine.metrics import Metrics
-from penstock.engine.sampling import SamplingParams, TokenLogprobs
-from penstock.errors import ConfigError, EngineError
+from penstock.engine.sampling import SamplingParams
+from penstock.engine.scheduler import Pause
+from penstock.errors import ConfigError, EngineError, PenstockError
+
+if TYPE_CHECKING:
+    import torch
 
 STOP_TIMEOUT: Final = 10.0
 """Seconds `close` waits for the step in progress."""
 
+PauseMode = Literal["abort", "wait", "keep"]
+"""What becomes of the requests in flight: ended, finished, or frozen where they are."""
+
+Result = TypeVar("Result")
+
 logger = logging.getLogger(__name__)
 
 
-class Sample:
-    """One completion while it grows."""
-
-    __slots__ = (
-        "detokenizer",
-        "finish_reason",
-        "index",
-        "last_token",
-        "logprobs",
-        "num_cached_tokens",
-        "stop_reason",
-        "token_ids",
-    )
-
-    def __init__(self, index: int, detokenizer: Detokenizer | None) -> None:
-        self.index = index
-        self.detokenizer = detokenizer
-        """There when text is wanted token by token, or decides where to stop."""
-        self.token_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.finish_reason: str | None = None
-        """`stop`, `length` or `abort`."""
-        self.stop_reason: int | str | None = None
-        """The stop string or the id of the stop token that ended it; None for an end-of-text token."""
-        self.num_cached_tokens = 0
-        self.last_token = 0.0
-        """When the last token came, by `perf_counter`; 0 before the first."""
-
-
-class Delta:
-    """What one step added to a sample that is streamed; the sample itself may be further on by now."""
-
-    __slots__ = ("finish_reason", "sample", "start", "stop", "stop_reason", "text")
-
-    def __init__(self, sample: Sample, start: int, text: str) -> None:
-        self.sample = sample
-        self.start = start
-        self.stop = len(sample.token_ids)
-        """The new tokens are `sample.token_ids[start:stop]`, and likewise its logprobs."""
-        self.text = text
-        self.finish_reason = sample.finish_reason
-        self.stop_reason = sample.stop_reason
-
-
-class Generation:
-    """The samples of one prompt. `notify(deltas, done, error)` is called on the loop.
-
-    Streamed: after each step that added something, with the deltas. Not streamed: once, at the end.
-    """
-
-    __slots__ = (
-        "arrival",
-        "discarded",
-        "id",
-        "include_stop_token",
-        "notify",
-        "params",
-        "prompt_token_ids",
-        "samples",
-        "streamed",
-        "unfinished",
-    )
-
-    def __init__(
-        self,
-        id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        notify: Callable[[list[Delta], bool, Exception | None], None],
-        *,
-        detokenizers: Iterable[Detokenizer | None],
-        streamed: bool,
-        include_stop_token: bool,
-    ) -> None:
-        self.id = id
-        """Unique among all in flight."""
-        self.prompt_token_ids = prompt_token_ids
-        self.params = params
-        self.notify = notify
-        self.samples = [Sample(index, detokenizer) for index, detokenizer in enumerate(detokenizers)]
-        self.streamed = streamed
-        self.include_stop_token = include_stop_token
-        """Whether the token that ends a sample is part of its text."""
-        self.unfinished = len(self.samples)
-        self.arrival = perf_counter()
-        self.discarded = False
-        """Set on the loop: whatever is still on the way is not delivered."""
+def _nothing() -> None:
+    """What a pause does that keeps the caches."""
 
 
 Post = tuple[Generation, list[Delta], bool, Exception | None]
@@ -138,6 +65,10 @@ class AsyncEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._closing = False
+        self._failure: EngineError | None = None
+        """Why no command is carried out any more."""
+        self._draining: list[tuple[Callable[[], object], Future[Any]]] = []
+        """What is to be done and told when nothing runs any more."""
         self._generations: dict[str, Generation] = {}
         self._posts: list[Post] = []
         self._thread = threading.Thread(target=self._run, name="penstock-engine", daemon=True)
@@ -178,9 +109,60 @@ class AsyncEngine:
         generation.discarded = True
         self._command(partial(self._abort, generation, False))
 
-    def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes: what is submitted after this does not find them."""
-        self._command(self._engine.reset_prefix_cache)
+    # -- control, from any thread -----------------------------------------------------------------
+
+    @property
+    def paused(self) -> bool:
+        """Whether requests are held back, by a pause or by sleep."""
+        return self._engine.paused
+
+    @property
+    def weight_version(self) -> int:
+        """Of the weights in place."""
+        return self._engine.weight_version
+
+    def pause(self, mode: PauseMode, clear_cache: bool) -> Future[None]:
+        """Hold requests back; done when none runs any more. See PauseMode.
+
+        `clear_cache` forgets cached prefixes, and the keys and values of what is frozen, which are computed
+        again. ConfigError when another command puts an end to the waiting.
+        """
+        then = partial(self._engine.reset_prefix_cache, clear_cache) if clear_cache else _nothing
+        return self._control(partial(self._halt, mode), then)
+
+    def sleep(self, level: int, mode: PauseMode) -> Future[None]:
+        """Pause, then give memory back: see LLMEngine.sleep."""
+        return self._control(partial(self._halt, mode), partial(self._engine.sleep, level))
+
+    def resume(self) -> Future[None]:
+        """End a pause. ConfigError while the engine is asleep."""
+        return self._control(self._resume)
+
+    def wake_up(self, tags: list[str] | None) -> Future[bool]:
+        """See LLMEngine.wake_up."""
+        return self._control(partial(self._wake_up, tags))
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> Future[bool]:
+        """See LLMEngine.reset_prefix_cache."""
+        return self._control(partial(self._engine.reset_prefix_cache, reset_running_requests))
+
+    def replace_weights(self, tensors: Mapping[str, torch.Tensor], version: int | None) -> Future[int]:
+        """See LLMEngine.replace_weights; the version they have."""
+        return self._control(partial(self._replace_weights, tensors, version))
+
+    def set_weight_version(self, version: int) -> Future[int]:
+        """Call the weights in place by another version."""
+        return self._control(partial(self._replace_weights, None, version))
+
+    def _control(
+        self, function: Callable[[], Result], then: Callable[[], object] | None = None
+    ) -> Future[Result]:
+        """Have the engine's thread call a function, and `then`, if given, when nothing runs any more."""
+        future: Future[Result] = Future()
+        self._command(partial(self._carry_out, function, then, future))
+        if self._failure is not None:
+            self._refuse_commands(self._failure)
+        return future
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
@@ -208,10 +190,12 @@ class AsyncEngine:
                     commands.popleft()()
                 if self._closing:
                     break
-                if engine.has_unfinished():
+                if engine.can_run():
                     self._take(engine.step())
                     self.stats = engine.stats()
                     self._flush()
+                elif self._draining:
+                    self._drained()
                 else:
                     self.stats = engine.stats()
                     self._flush()
@@ -297,6 +281,7 @@ class AsyncEngine:
         except ConfigError as error:
             self._posts.append((generation, [], True, error))
         else:
+            generation.weight_version = self._engine.weight_version
             self._generations[generation.id] = generation
 
     def _abort(self, generation: Generation, wanted: bool) -> None:
@@ -315,6 +300,67 @@ class AsyncEngine:
         generation.unfinished = 0
         if wanted:
             self._posts.append((generation, deltas, True, None))
+
+    def _carry_out(
+        self, function: Callable[[], Any], then: Callable[[], object] | None, future: Future[Any]
+    ) -> None:
+        try:
+            result = function()
+        except PenstockError as error:
+            future.set_exception(error)
+        except Exception as error:
+            future.set_exception(EngineError(f"the engine failed: {type(error).__name__}: {error}"))
+            raise
+        else:
+            if then is not None:
+                self._draining.append((then, future))
+                return
+            self.stats = self._engine.stats()
+            self._flush()
+            future.set_result(result)
+
+    def _halt(self, mode: PauseMode) -> None:
+        if mode == "abort":
+            for generation in list(self._generations.values()):
+                self._abort(generation, True)
+        elif mode == "keep":
+            self._interrupt_draining("a pause that keeps requests came before those in flight had finished")
+        self._engine.pause(Pause.ALL if mode == "keep" else Pause.NEW)
+
+    def _drained(self) -> None:
+        draining, self._draining = self._draining, []
+        for then, future in draining:
+            self._carry_out(then, None, future)
+
+    def _interrupt_draining(self, why: str) -> None:
+        draining, self._draining = self._draining, []
+        for _, future in draining:
+            future.set_exception(ConfigError(f"Not waited for to the end: {why}."))
+
+    def _resume(self) -> None:
+        self._engine.pause(Pause.NONE)
+        self._interrupt_draining("the engine was resumed")
+
+    def _wake_up(self, tags: list[str] | None) -> bool:
+        awake = self._engine.wake_up(tags)
+        if awake:
+            self._interrupt_draining("the engine was woken up")
+        return awake
+
+    def _replace_weights(self, tensors: Mapping[str, torch.Tensor] | None, version: int | None) -> int:
+        engine = self._engine
+        before = engine.weight_version
+        if tensors is not None:
+            engine.replace_weights(tensors, version)
+        elif version is not None:
+            engine.weight_version = version
+        if engine.weight_version != before:
+            for generation in self._generations.values():
+                for sample in generation.samples:
+                    if sample.finish_reason is None:
+                        change = len(sample.token_ids), engine.weight_version
+                        sample.version_changes = (*sample.version_changes, change)
+        return engine.weight_version
 
     def _stop(self) -> None:
         self._closing = True
@@ -336,10 +382,20 @@ class AsyncEngine:
         """On the loop: nothing is submitted after this; what was queued before it fails here."""
         if not self.dead.done():
             self.dead.set_result(error)
-        while self._commands:
-            command = self._commands.popleft()
-            if isinstance(command, partial) and command.func == self._add:
-                self._deliver([(command.args[0], [], True, error)])
+        self._failure = error
+        self._refuse_commands(error)
+
+    def _refuse_commands(self, error: EngineError) -> None:
+        with contextlib.suppress(IndexError):  # none is left; two threads may be here at once
+            while True:
+                command = self._commands.popleft()
+                if isinstance(command, partial) and command.func == self._add:
+                    self._deliver([(command.args[0], [], True, error)])
+                elif isinstance(command, partial) and command.func == self._carry_out:
+                    command.args[2].set_exception(error)
+        draining, self._draining = self._draining, []
+        for _, future in draining:
+            future.set_exception(error)
 
     def _on_loop(self, callback: Callable[..., object], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told

@@ -11,6 +11,7 @@ masked.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from dataclasses import dataclass
@@ -79,6 +80,24 @@ def allocate_cache(
     size = math.prod(shape) * dtype.itemsize
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def release_cache(cache: torch.Tensor) -> None:
+    """Give the cache's memory back to the system; what it held is lost."""
+    if cache.device.type != "cpu":
+        cache.untyped_storage().resize_(0)
+    elif (advice := getattr(mmap, "MADV_DONTNEED", None)) is not None:
+        # On Linux the pages of an anonymous mapping are zeros when they are touched again.
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        madvise(cache.data_ptr(), cache.numel() * cache.itemsize, advice)
+
+
+def restore_cache(cache: torch.Tensor) -> None:
+    """Undo `release_cache`; the cache is finite, as it was at first."""
+    if cache.device.type != "cpu":
+        cache.untyped_storage().resize_(cache.numel() * cache.itemsize)
+        cache.zero_()
 
 
 def rotary_table(config: ModelConfig, max_model_len: int, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,9 @@
 `LLMEngine` is synchronous and owned by one thread. A step schedules, computes and samples; every sequence it
 sampled for yields exactly one `Output`, and the last Output of a sequence carries its finish reason. An
 aborted sequence yields nothing more. What is added before a step can be part of that step.
+
+Weights change between two steps, all at once, and their version is a count: what was sampled before has the
+version before. Nothing that was computed with earlier weights is served to a request that comes later.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +21,21 @@ import msgspec
 import numpy as np
 import torch
 
-from penstock.engine.attention import Batch, Kernels, TorchKernels, allocate_cache, rotary_table
+from penstock.engine.attention import (
+    Batch,
+    Kernels,
+    TorchKernels,
+    allocate_cache,
+    release_cache,
+    restore_cache,
+    rotary_table,
+)
 from penstock.engine.config import EngineConfig, ModelConfig
 from penstock.engine.kv_cache import BlockPool
 from penstock.engine.model import Model
 from penstock.engine.native import NativeKernels, unsupported
 from penstock.engine.sampling import Draw, Sampler, SamplingParams, TokenLogprobs, noise_key
-from penstock.engine.scheduler import Scheduler, Step
+from penstock.engine.scheduler import Pause, Scheduler, Step
 from penstock.engine.sequence import Sequence
 from penstock.engine.weights import Weights
 from penstock.errors import ConfigError, EngineError
@@ -32,6 +44,9 @@ log = logging.getLogger(__name__)
 
 USUAL_LEN: Final = 1024
 """Tokens per sequence the KV cache has room for on CPU unless its size is given."""
+
+SLEEPERS: Final = frozenset({"weights", "kv_cache"})
+"""What sleeps and is woken, under vLLM's tags."""
 
 
 class Output(msgspec.Struct, gc=False):
@@ -71,6 +86,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     """Tokens looked up in the prefix cache."""
     prefix_cache_hits: int
     """Tokens found there."""
+    weight_version: int
 
 
 class LLMEngine:
@@ -89,9 +105,17 @@ class LLMEngine:
         weights.load(folder)
         num_blocks = resolve_num_blocks(config, model_config, wanted_len, dtype, self.device)
         self.max_model_len = fit_max_model_len(config, wanted_len, num_blocks)
-        cache = allocate_cache(model_config, num_blocks, config.block_size, dtype, self.device)
+        self._cache = allocate_cache(model_config, num_blocks, config.block_size, dtype, self.device)
         rotary = rotary_table(model_config, self.max_model_len, self.device)
-        self.kernels = choose_kernels(config, model_config, weights, cache, rotary)
+        self.kernels = choose_kernels(config, model_config, weights, self._cache, rotary)
+        self.weights = weights
+        self.weight_version = 0
+        """Counts the weights that were put in place of others, unless it is set."""
+        self._asleep: set[str] = set()
+        self._weights_lost = False
+        """Since they were released: nothing can be computed until they are all replaced."""
+        self._pause = Pause.NONE
+        """The pause asked for, which holds once the engine is awake and has weights."""
         self.model = Model(weights, self.kernels)
         self.scheduler = Scheduler(
             BlockPool(num_blocks, config.block_size),
@@ -175,8 +199,12 @@ class LLMEngine:
             del self._requests[sequence.request_id]
 
     def has_unfinished(self) -> bool:
-        """Whether a further step would do anything."""
+        """Whether there are requests."""
         return bool(self._requests)
+
+    def can_run(self) -> bool:
+        """Whether a further step would do anything."""
+        return bool(self._requests) and self.scheduler.can_run()
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
@@ -261,11 +289,90 @@ class LLMEngine:
             generation_tokens=self._generation_tokens,
             prefix_cache_queries=scheduler.prefix_queries,
             prefix_cache_hits=scheduler.prefix_hits,
+            weight_version=self.weight_version,
         )
 
-    def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes; what is computed so far is not found again."""
+    # -- control ----------------------------------------------------------------------------------
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget all cached prefixes; as vLLM, False and nothing is forgotten while sequences hold blocks.
+
+        With `reset_running_requests` they give them back, and are computed again from their tokens.
+        """
+        if reset_running_requests:
+            self.scheduler.preempt_all()
+        if self.scheduler.running:
+            return False
         self.scheduler.pool.forget()
+        return True
+
+    @property
+    def paused(self) -> bool:
+        """Whether anything is held back, by a pause or by sleep."""
+        return self._pause is not Pause.NONE or bool(self._asleep)
+
+    def pause(self, how: Pause) -> None:
+        """Hold back what `how` says. Raises ConfigError when a sleeping engine is to go on."""
+        if how is Pause.NONE and self._asleep:
+            raise ConfigError(f"The engine is asleep ({', '.join(sorted(self._asleep))}): wake it up first.")
+        self._pause = how
+        self._settle()
+
+    def sleep(self, level: int) -> None:
+        """Level 1 gives back the memory of the KV cache, level 2 also that of the weights.
+
+        Sequences that run are put back in the queue. An engine that is asleep stays as it is.
+        """
+        if level == 0 or self._asleep:
+            return
+        self.reset_prefix_cache(reset_running_requests=True)
+        release_cache(self._cache)
+        self._asleep = set(SLEEPERS)
+        if level == 2:
+            self.weights.release()
+            self._weights_lost = True
+        self._settle()
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> bool:
+        """Take back the memory of what is named by `tags` (None: of all); whether nothing is asleep any more.
+
+        Then the pause ends, too; after a sleep of level 2 only `replace_weights` lets requests go on. As
+        vLLM, nothing is woken when a tag is not asleep; `scheduling` names nothing that has memory.
+        """
+        wanted = self._asleep & SLEEPERS if tags is None else {tag for tag in tags if tag != "scheduling"}
+        if wanted <= self._asleep:
+            self._asleep -= wanted
+            if "kv_cache" in wanted:
+                restore_cache(self._cache)
+            if "weights" in wanted and self._weights_lost:
+                self.weights.restore()
+        if not self._asleep:
+            self._pause = Pause.NONE
+        self._settle()
+        return not self._asleep
+
+    def replace_weights(self, tensors: Mapping[str, torch.Tensor], version: int | None = None) -> None:
+        """Put tensors that were checked with `Weights.check` in place of parameters; version None: the next.
+
+        Running sequences keep their keys and values; cached prefixes are forgotten. Raises ConfigError, and
+        nothing has changed, when the weights are asleep, or when they were released and not all are here.
+        """
+        if "weights" in self._asleep:
+            raise ConfigError("The weights are asleep: wake them up before they are replaced.")
+        if self._weights_lost and (missing := self.weights.parameters.keys() - tensors.keys()):
+            raise ConfigError(
+                f"The weights were released, so all are needed; {len(missing)} of "
+                f"{len(self.weights.parameters)} are not given, {min(missing)} among them."
+            )
+        self.weights.fill(tensors)
+        self._weights_lost = False
+        self.scheduler.pool.forget()
+        self.weight_version = self.weight_version + 1 if version is None else version
+        self._settle()
+
+    def _settle(self) -> None:
+        idle = bool(self._asleep) or self._weights_lost
+        self.scheduler.pause = Pause.ALL if idle else self._pause
 
 
 def resolve_device(config: EngineConfig) -> torch.device:

@@ -93,6 +93,7 @@ class Metrics:
             ("vllm:kv_cache_usage_perc", "Share of the KV blocks that are held, 0 to 1.", usage),
             ("penstock:kv_cache_slots", "Token slots of the KV blocks that are held.", stats.kv_slots_used),
             ("penstock:kv_cache_tokens", "Those of them that hold a token.", stats.kv_tokens_held),
+            ("penstock:weight_version", "Version of the weights that sample.", stats.weight_version),
         ):
             gauge = GaugeMetricFamily(name, help_text, labels=names)
             gauge.add_metric(labels, value)

@@ -87,6 +87,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     request_id: str | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_weight_versions: bool | None = None
+    """Say for each choice which weights made its tokens; vLLM does not know this field."""
 
     echo: Any = None
     logit_bias: Any = None

@@ -7,6 +7,8 @@ Guarantees:
   prompts in order of arrival. So the budget holds, decoding never waits for a prompt, and nobody starves.
 - A sequence owns exactly the blocks its computed tokens need, shared ones counted; a block that others
   still read is copied before it is written. A freed row or block is given out again in the next step.
+- While paused, nothing is admitted that has not begun (`Pause.NEW`), or nothing is scheduled (`Pause.ALL`);
+  what is added meanwhile waits its turn.
 - A block may be found by another prompt in the very step that computes it: `Step` lists the sequences in an
   order in which the blocks' writers come before their readers.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from enum import IntEnum
 from itertools import islice
 from operator import attrgetter
 from typing import Final
@@ -32,6 +35,15 @@ WATERMARK: Final = 0.01
 before someone must be preempted."""
 
 _arrival = attrgetter("arrival")
+
+
+class Pause(IntEnum):
+    """How much is held back."""
+
+    NONE = 0
+    NEW = 1
+    """What has begun goes on, one that was preempted included; nothing else is admitted."""
+    ALL = 2
 
 
 class Step:
@@ -73,6 +85,7 @@ class Scheduler:
         blocks_per_row = -(-max_model_len // pool.block_size)
         self.tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, blocks_per_row), dtype=np.int32)
         """Block of each row's tokens, [row, position // block_size]."""
+        self.pause = Pause.NONE
         self.num_preemptions = 0
         self.prefix_queries = 0
         """Tokens of the sequences admitted (once each), which could have been found in the prefix cache."""
@@ -87,9 +100,19 @@ class Scheduler:
         """Queue a sequence; arrivals must not decrease."""
         self.waiting.append(sequence)
 
+    def can_run(self) -> bool:
+        """Whether the pause leaves anything to do."""
+        if self.pause is Pause.NONE:
+            return bool(self.running or self.waiting)
+        if self.pause is Pause.ALL:
+            return False
+        return bool(self.running) or bool(self.waiting and self.waiting[0].preempted)
+
     def schedule(self) -> Step:
         """Choose the next step's work and count it as computed; an empty step when there is nothing to do."""
         step = Step()
+        if self.pause is Pause.ALL:
+            return step
         preempted = self.num_preemptions
         spare = self._schedule_running(step)
         if self.num_preemptions == preempted:
@@ -119,6 +142,8 @@ class Scheduler:
         """Start waiting sequences, in order, while rows, blocks and budget last."""
         while self.waiting and self._free_rows and spare > 0:
             sequence = self.waiting[0]
+            if self.pause and not sequence.preempted:
+                break
             if not self._take_prefix(sequence):
                 break
             self.waiting.popleft()
@@ -268,6 +293,11 @@ class Scheduler:
         sequence.preempted = True
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
+
+    def preempt_all(self) -> None:
+        """Put all running sequences back in the queue, in order; they hold no block any more."""
+        while self.running:
+            self._preempt(self.running[-1])
 
     def _vacate(self, sequence: Sequence) -> None:
         """Take row and blocks back."""

@@ -43,12 +43,13 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
         LLMEngine(config),
         served_model_names=options.served_model_name,
         prompt_tokens_details=options.enable_prompt_tokens_details,
+        api_keys=options.api_keys(),
     )
     return run(_serve(app, options))
 
 
 async def _serve(app: EngineApp, options: ServerOptions) -> int:
-    server = HttpServer(app.handle, options.host, options.port)
+    server = HttpServer(app.handle, options.host, options.port, max_body=app.max_body)
     await server.start()
     app.engine.start()
     stop = _Stop()

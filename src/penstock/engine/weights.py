@@ -3,11 +3,13 @@
 The matrices that are multiplied together (q, k, v; gate, up) are one tensor each; `parameters` holds views
 into them under the checkpoint's names. So filling or replacing a parameter is always one in-place copy to
 `parameters[name]`, and the addresses the model and its kernels know stay valid.
+
+What replaces weights in use is checked as a whole before the first parameter is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +54,12 @@ class Weights:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.parameters: dict[str, torch.Tensor] = {}
         """Checkpoint name to tensor, in the checkpoint's shape."""
+        self._matrices: list[torch.Tensor] = []
+        """What takes nearly all the memory; the C kernels know none of their addresses."""
         self._dtype = dtype
         self._device = device
         self.embedding = self._vector("model.embed_tokens", config.vocab_size, config.hidden_size)
+        self._matrices.append(self.embedding)
         self.layers = [self._layer(f"model.layers.{i}", config) for i in range(config.num_layers)]
         self.final_norm = self._vector("model.norm", config.hidden_size)
         if config.tie_word_embeddings:
@@ -89,6 +94,7 @@ class Weights:
         """One matrix for several of the checkpoint's, stacked along their outputs."""
         weight = torch.empty(sum(heights), width, dtype=self._dtype, device=self._device)
         biases = torch.empty(sum(heights), dtype=self._dtype, device=self._device) if bias else None
+        self._matrices.append(weight)
         for name, part in zip(names, torch.split(weight, heights), strict=True):
             self.parameters[f"{name}.weight"] = part
         if biases is not None:
@@ -98,24 +104,58 @@ class Weights:
 
     def load(self, folder: Path) -> None:
         """Fill every parameter from the folder's safetensors. Raises ConfigError unless all fit."""
+        for name, tensor in self._checked(folder):
+            self.parameters[name].copy_(tensor)
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """A checkpoint's tensor for every parameter, for `fill`. Raises ConfigError unless all fit."""
+        return dict(self._checked(folder))
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy to parameters; the tensors were checked with `check`."""
+        for name, tensor in tensors.items():
+            self.parameters[name].copy_(tensor)
+
+    def check(self, source: object, name: str, shape: Iterable[int]) -> bool:
+        """Whether a tensor of `source` has a parameter to fill; one that is redundant has none.
+
+        Raises ConfigError for a name the model does not know, and for a wrong shape.
+        """
+        parameter = self.parameters.get(name)
+        if parameter is None:
+            if not is_redundant(name):
+                raise ConfigError(f"{source} holds {name}, which this architecture does not have.")
+            return False
+        if list(parameter.shape) != (shape := list(shape)):
+            raise ConfigError(
+                f"{name} in {source} has shape {shape}; its config.json asks for {list(parameter.shape)}."
+            )
+        return True
+
+    def _checked(self, folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         missing = set(self.parameters)
         for name, tensor in checkpoint_tensors(folder):
-            parameter = self.parameters.get(name)
-            if parameter is None:
-                if not is_redundant(name):
-                    raise ConfigError(f"{folder} holds {name}, which this architecture does not have.")
-                continue
-            if parameter.shape != tensor.shape:
-                raise ConfigError(
-                    f"{name} in {folder} has shape {list(tensor.shape)}; "
-                    f"its config.json asks for {list(parameter.shape)}."
-                )
-            parameter.copy_(tensor)
-            missing.discard(name)
+            if self.check(folder, name, tensor.shape):
+                yield name, tensor
+                missing.discard(name)
         if missing:
             raise ConfigError(
                 f"{folder} lacks {len(missing)} of {len(self.parameters)} tensors, {min(missing)} among them."
             )
+
+    def largest_bytes(self) -> int:
+        """Size in float32 of the largest parameter."""
+        return 4 * max(parameter.numel() for parameter in self.parameters.values())
+
+    def release(self) -> None:
+        """Give the memory of all matrices back; nothing may be computed until `restore` and `fill`."""
+        for matrix in self._matrices:
+            matrix.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Take the memory again, with nothing in it."""
+        for matrix in self._matrices:
+            matrix.untyped_storage().resize_(matrix.numel() * matrix.itemsize)
 
 
 def is_redundant(name: str) -> bool:
