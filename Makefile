@@ -4,16 +4,23 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format check bench clean
+.PHONY: demo test test-slow soak test-engines lint format check bench clean
 
 demo: .venv/.engine
 	$(BIN)/penstock demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not engines and not soak"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+soak: .venv/.dev
+	$(BIN)/python -m pytest -m soak
+
+# Real engines: PENSTOCK_VLLM_PYTHON and PENSTOCK_SGLANG_PYTHON name the interpreters that have them. See docs/servers.md.
+test-engines: .venv/.dev
+	$(BIN)/python -m pytest -m engines -rs tests/engines
 
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -28,6 +35,7 @@ check: lint test
 
 # PENSTOCK_VLLM_PYTHON=/path/to/venv/bin/python puts a real vLLM beside the embedded engine.
 bench: .venv/.bench
+	$(BIN)/python bench/clients.py --plot docs/img/clients.svg
 	$(BIN)/python bench/rows.py
 	$(BIN)/python bench/tokens.py
 

@@ -87,6 +87,9 @@ class ChatServer:
                 200, orjson.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
             )
             return
+        if exchange.request.method == "GET":
+            exchange.respond(404, b"")
+            return
         request = orjson.loads(exchange.request.body)
         message = request["messages"][-1]["content"]
         self.requests.append(request)

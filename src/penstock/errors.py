@@ -13,7 +13,9 @@
     │   ├── RequestRejected         4xx: the same request would be refused again
     │   ├── Overloaded              429 or 503: come back later (`retry_after`)
     │   └── ServerFailed            any other 5xx
+    ├── DeadlineExceeded            the time the caller gave a request is over
     ├── EngineError                 an engine could not start or died
+    ├── ControlFailed               a control call did not succeed everywhere; `outcomes` says where
     └── WriteFailed                 a journal or output could not be written; the run stops
 
 Foreign errors (OSError, ssl, httptools, msgspec) are mapped to these where they arise, once.
@@ -23,7 +25,8 @@ type alone, never from the words of a message: messages hold text from prompts.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 Phase = Literal["connect", "first_byte", "idle"]
 
@@ -120,8 +123,24 @@ class ServerFailed(ResponseError):
     """A 5xx other than 503."""
 
 
+class DeadlineExceeded(PenstockError, TimeoutError):
+    """The time the caller gave a request is over. The message says what it was waiting for."""
+
+
 class EngineError(PenstockError):
     """An engine could not start, or died. The message says which, why and what to do."""
+
+
+class ControlFailed(PenstockError):
+    """A control call was to succeed on every engine, or a weight update on at least one, and did not.
+
+    What could be undone has been; the message says what was not. `outcomes`: what each engine answered, an
+    `Outcome` of `penstock.control.engine` by the endpoint's name.
+    """
+
+    def __init__(self, message: str, outcomes: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.outcomes = outcomes
 
 
 class WriteFailed(PenstockError):

@@ -39,7 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return fields
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Token counts as the engine reported them."""
 
     prompt_tokens: int = 0
@@ -48,7 +48,7 @@ class Usage(msgspec.Struct, frozen=True):
     """Prompt tokens served from the engine's prefix cache."""
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
+class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One completion of one prompt."""
 
     text: str
@@ -69,6 +69,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """The id the engine gave the response."""
     endpoint: str | None = None
     attempts: int = 1
+    """Requests it took: failed ones, and those that continued a stream, are counted."""
     latency: float = 0.0
     """Seconds from the first send to the last byte, retries included."""
 
@@ -76,6 +77,17 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     def answer(self) -> str:
         """The text without its reasoning."""
         return split_reasoning(self.text)[1]
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a stream has added to its sample. Never empty but for the last, which may only end it."""
+
+    text: str = ""
+    reasoning: str = ""
+    """Where the engine tells reasoning from text; else it stands in the text."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens of this piece, where they were asked for. Those of text that is held back come with it."""
+    logprobs: tuple[float, ...] = ()
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.errors import ConfigError, ConnectionLost, MalformedResponse, PhaseTimeout
+from penstock.errors import ConfigError, ConnectFailed, ConnectionLost, MalformedResponse, PhaseTimeout
 from penstock.wire.connection import Connection, Response, Timeouts
 
 HEAD = b"POST / HTTP/1.1\r\nhost: h\r\n"
@@ -24,6 +25,13 @@ class Wire(asyncio.Transport):
         self.sent = b""
         self.closed = False
         self.unsent = 0
+        self.reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self.sent += bytes(data)
@@ -253,6 +261,31 @@ def test_bytes_nobody_asked_for_close_an_idle_connection() -> None:
         bench = Bench(made)
         bench.feed(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
         assert bench.wire.closed
+
+
+def test_a_connection_we_close_ends_no_body() -> None:
+    with loop() as made:
+        bench = Bench(made)
+        waiter = bench.connection.send(HEAD, b"")
+        bench.feed(b"HTTP/1.1 200 OK\r\n\r\nhalf of what only the end of the connection ends")
+        bench.connection.abort()
+        bench.lose()
+        with pytest.raises(ConnectionLost, match="was closed while a request was in flight") as caught:
+            outcome(waiter)
+        assert caught.value.response_started and bench.wire.closed
+
+
+@pytest.mark.parametrize(("served", "expected"), [(0, ConnectFailed), (1, ConnectionLost)])
+def test_tls_refused_after_the_handshake_is_no_connection(served: int, expected: type[Exception]) -> None:
+    with loop() as made:
+        bench = Bench(made)
+        bench.connection.served = served
+        waiter = bench.connection.send(HEAD, b"")
+        alert = ssl.SSLError(1, "tlsv13 alert certificate required")
+        alert.reason = "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+        bench.lose(alert)
+        with pytest.raises(expected, match="certificate"):
+            outcome(waiter)
 
 
 def test_discard_closes_only_while_the_response_is_owed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,12 +23,16 @@ from penstock.wire.connection import Response
 from penstock.wire.openai import (
     MAX_MESSAGE,
     Origin,
-    chat_request,
-    chat_sample,
+    chat_fields,
+    chat_samples,
+    context_length,
+    detokenized,
+    encode,
     model_names,
     response_error,
-    text_request,
-    text_sample,
+    text_fields,
+    text_samples,
+    token_ids,
 )
 
 ORIGIN = Origin("http://e", 2, 1.5)
@@ -35,18 +40,22 @@ ORIGIN = Origin("http://e", 2, 1.5)
 
 def chat(message: dict[str, Any], choice: dict[str, Any] | None = None, **fields: Any) -> Sample:
     choices = [{"index": 0, "message": message, **(choice or {})}]
-    return chat_sample(orjson.dumps({"id": "c-1", "model": "m", "choices": choices, **fields}), ORIGIN)
+    body = orjson.dumps({"id": "c-1", "model": "m", "choices": choices, **fields})
+    (sample,) = chat_samples(body, ORIGIN)
+    return sample
 
 
 def text(choice: dict[str, Any], **fields: Any) -> Sample:
-    return text_sample(orjson.dumps({"id": "c-1", "model": "m", "choices": [choice], **fields}), ORIGIN)
+    body = orjson.dumps({"id": "c-1", "model": "m", "choices": [choice], **fields})
+    (sample,) = text_samples(body, ORIGIN)
+    return sample
 
 
 def test_only_what_was_set_is_sent() -> None:
     messages = [{"role": "user", "content": "hi"}]
-    assert orjson.loads(chat_request(messages, None, None, None)) == {"messages": messages}
+    assert chat_fields(messages, None, None, None) == {"messages": messages}
     params = SamplingParams(temperature=0.5, stop=("a",), seed=3)
-    assert orjson.loads(chat_request(messages, params, "m", {"top_k": 4, "seed": 5})) == {
+    assert orjson.loads(encode(chat_fields(messages, params, "m", {"top_k": 4, "seed": 5}))) == {
         "model": "m",
         "messages": messages,
         "temperature": 0.5,
@@ -58,15 +67,15 @@ def test_only_what_was_set_is_sent() -> None:
 
 def test_logprobs_take_the_form_of_the_route() -> None:
     params = SamplingParams(logprobs=0)
-    sent = orjson.loads(chat_request([], params, None, None))
+    sent = chat_fields([], params, None, None)
     assert sent == {"messages": [], "logprobs": True, "top_logprobs": 0}
-    assert orjson.loads(text_request([1, 2], params, None, None)) == {"prompt": [1, 2], "logprobs": 0}
+    assert text_fields([1, 2], params, None, None) == {"prompt": [1, 2], "logprobs": 0}
 
 
 @pytest.mark.parametrize("content", ["\ud800", object(), {1: 2}, 1 << 70])
 def test_what_is_not_json_is_refused(content: Any) -> None:
     with pytest.raises(ConfigError, match="cannot be written as JSON"):
-        chat_request([{"role": "user", "content": content}], None, None, None)
+        encode(chat_fields([{"role": "user", "content": content}], None, None, None))
 
 
 def test_a_chat_completion_of_vllm() -> None:
@@ -148,19 +157,69 @@ def test_a_text_completion_of_vllm() -> None:
         b'{"choices": []}',
         b'{"choices": [{}]}',
         b"<html>",
+        b'{"x":' + b"[" * 5000 + b"]" * 5000 + b"}",
     ],
 )
 def test_what_is_no_completion_is_malformed(body: bytes) -> None:
     with pytest.raises(MalformedResponse):
-        chat_sample(body, ORIGIN)
+        chat_samples(body, ORIGIN)
     if body != b'{"choices": [{}]}':
         with pytest.raises(MalformedResponse):
-            text_sample(body, ORIGIN)
+            text_samples(body, ORIGIN)
 
 
 def test_an_error_in_a_200_is_quoted() -> None:
     with pytest.raises(MalformedResponse, match="engine is dead"):
-        chat_sample(b'{"error": {"message": "engine is dead", "code": 500}}', ORIGIN)
+        chat_samples(b'{"error": {"message": "engine is dead", "code": 500}}', ORIGIN)
+
+
+def choices(*texts: str, **fields: Any) -> list[dict[str, Any]]:
+    return [
+        {"index": index, "message": {"content": text}, "text": text, **fields}
+        for index, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize("decode", [chat_samples, text_samples])
+def test_several_samples_share_one_usage(decode: Callable[[bytes, Origin, int], list[Sample]]) -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 9}
+    body = orjson.dumps({"choices": choices("a", "b", "c"), "usage": usage})
+    samples = decode(body, ORIGIN, 3)
+    assert [(sample.index, sample.text) for sample in samples] == [(0, "a"), (1, "b"), (2, "c")]
+    # whose tokens they were is not known; that they are nine is
+    assert [sample.usage for sample in samples] == [Usage(3, 9), Usage(3, 0), Usage(3, 0)]
+    body = orjson.dumps({"choices": choices("a", "b", token_ids=[1, 2, 3]), "usage": usage})
+    assert [sample.usage for sample in decode(body, ORIGIN, 2)] == [Usage(3, 3), Usage(3, 3)]
+
+
+@pytest.mark.parametrize("decode", [chat_samples, text_samples])
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_samples_than_asked_for(
+    decode: Callable[[bytes, Origin, int], list[Sample]], count: int
+) -> None:
+    body = orjson.dumps({"choices": choices("a", "b")})
+    with pytest.raises(ConfigError, match=f"n={count} .* answered 2"):
+        decode(body, ORIGIN, count)
+
+
+def test_tokens_of_both_engines() -> None:
+    assert token_ids(b'{"count": 2, "max_model_len": 9, "tokens": [5, 6], "token_strs": null}') == (5, 6)
+    assert token_ids(b'{"tokens": []}') == ()
+    assert detokenized(b'{"prompt": "ab"}') == "ab"
+    assert detokenized(b'{"text": "ab"}') == "ab"
+    for body in (b"{}", b'{"tokens": ["a"]}', b"", b"[1]"):
+        with pytest.raises(MalformedResponse):
+            token_ids(body)
+    with pytest.raises(MalformedResponse):
+        detokenized(b'{"prompt": 3}')
+
+
+def test_the_context_length_of_a_model() -> None:
+    body = b'{"data": [{"id": "a", "max_model_len": 7}, {"id": "b"}, {"id": "c", "max_model_len": 9}]}'
+    assert [context_length(body, name) for name in (None, "a", "b", "c", "d")] == [7, 7, None, 9, None]
+    assert context_length(b'{"data": []}', None) is None
+    with pytest.raises(MalformedResponse):
+        context_length(b"<html>", None)
 
 
 def test_model_names() -> None:

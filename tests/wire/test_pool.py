@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import ssl
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -204,18 +201,6 @@ def test_refused_unresolved_and_silent_addresses() -> None:
     run(main())
 
 
-def test_another_address_of_the_name_is_tried() -> None:
-    async def main() -> None:
-        async with ScriptedEngine() as engine:  # listens on 127.0.0.1; "localhost" may be ::1 first
-            pool = Pool(Address.parse(f"http://localhost:{engine.port}"))
-            pool._resolved = [(socket.AF_INET6, "::1"), (socket.AF_INET, "127.0.0.1")]
-            pool._resolved_at = asyncio.get_running_loop().time()
-            assert (await pool.request(HEAD, b"{}")).status == 200
-            await pool.close()
-
-    run(main())
-
-
 def test_cancelling_closes_the_connection_and_frees_the_engine() -> None:
     async def main() -> None:
         async with ScriptedEngine(default=stall(b"HTTP/1.1 200 OK\r\n")) as engine:
@@ -342,52 +327,14 @@ def test_two_thousand_connections() -> None:
     run(main())
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tls")
-    key, chain = folder / "key.pem", folder / "cert.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
-    subprocess.run(
-        [*command, "-keyout", str(key), "-out", str(chain), "-days", "2", *subject],
-        check=True,
-        capture_output=True,
-        timeout=30,
-    )
-    return key, chain
-
-
-def test_tls_checks_the_certificate(certificate: tuple[Path, Path]) -> None:
-    key, chain = certificate
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.readline():
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(http(200, b"secret"))
-        writer.close()
-
+def test_plain_http_to_a_tls_port_is_not_a_response() -> None:
     async def main() -> None:
-        ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        ours.load_cert_chain(chain, key)
-        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=ours)
-        port = server.sockets[0].getsockname()[1]
-        trusting = ssl.create_default_context(cafile=str(chain))
-        pool = Pool(Address.parse(f"https://localhost:{port}"), ssl_context=trusting)
-        for _ in range(3):
-            assert (await pool.request(HEAD)).body == b"secret"
-        assert pool.statistics().opened == 1
-        await pool.close()
-        for url, context in [("localhost", None), ("127.0.0.1", trusting)]:
-            strict = Pool(Address.parse(f"https://{url}:{port}"), ssl_context=context)
-            with pytest.raises(ConnectFailed, match="TLS failed"):
-                await strict.request(HEAD)
-            await strict.close()
-        plain = Pool(Address.parse(f"http://127.0.0.1:{port}"))
-        with pytest.raises((ConnectionLost, MalformedResponse)):
-            await plain.request(HEAD)
-        await plain.close()
-        server.close()
-        await server.wait_closed()
+        alert = b"\x15\x03\x01\x00\x02\x02\x46"
+        async with ScriptedEngine([raw(alert, close=True)]) as engine:
+            pool = pool_of(engine)
+            with pytest.raises(MalformedResponse):
+                await pool.request(HEAD)
+            await pool.close()
 
     run(main())
 

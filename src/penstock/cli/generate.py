@@ -19,14 +19,16 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from penstock.batch.job import Job, JobSettings
 from penstock.batch.progress import watch
 from penstock.batch.report import how_to_go_on, print_report
-from penstock.cli.limits import check_open_files
 from penstock.client import Client
 from penstock.errors import ConfigError, PenstockError, ResponseError, TransportError
+from penstock.fleet.fleet import FleetOptions
 from penstock.models import ARITHMETIC
 from penstock.prompt import JsonlInput, PromptFormat, Survey, Template
 from penstock.sample import SamplingParams
 from penstock.servers.embedded import EmbeddedServer
+from penstock.wire.limits import check_local_ports, check_open_files
 from penstock.wire.loop import run
+from penstock.wire.tls import TLS
 
 NO_MODEL_LIST = 404
 """Status of a server that does not list its models; the name given is then taken on trust."""
@@ -59,6 +61,9 @@ class GenerateArgs:
     """Samples of each row."""
     max_concurrent: int = 512
     """Requests in flight at most."""
+    concurrency: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: as many in flight per server as its engine can use, found from its metrics or its throughput;
+    fixed: --max-concurrent."""
     engine: Literal["embedded"] | None = None
     """Start this engine for the job and stop it afterwards; or give --base-url."""
     engine_args: tuple[str, ...] = ()
@@ -72,6 +77,14 @@ class GenerateArgs:
     """The same as HOST:PORT."""
     api_key: str | None = None
     """Sent as a bearer token. Default: the environment's OPENAI_API_KEY."""
+    cacert: str | None = None
+    """PEM file of the authorities to trust for https. Default: the system's."""
+    cert: str | None = None
+    """PEM file of a client certificate, for servers that ask for one."""
+    key: str | None = None
+    """PEM file of its private key, if that is not in the same file."""
+    source_addresses: tuple[str, ...] = ()
+    """Local addresses to connect from, in turn, where one has too few ports."""
     retry_failed: bool = False
     """Take up the rows that failed before."""
     sampling: OmitArgPrefixes[SamplingParams] = field(default_factory=SamplingParams)
@@ -103,10 +116,10 @@ async def _generate(args: GenerateArgs, source: JsonlInput, survey: Survey, form
         )
         with Job(source, survey, settings) as job:
             async with _engine(args, console) as urls:
-                return await run_job(job, urls, _api_key(args), console)
+                return await run_job(job, urls, _options(args), console)
 
 
-async def run_job(job: Job, urls: Sequence[str], api_key: str | None, console: Console) -> int:
+async def run_job(job: Job, urls: Sequence[str], options: FleetOptions, console: Console) -> int:
     """Run `job` against `urls`, show its progress and its report; returns the exit status."""
     if job.repaired:
         console.print(
@@ -121,7 +134,8 @@ async def run_job(job: Job, urls: Sequence[str], api_key: str | None, console: C
         progress.notice = f"no engine has answered for {seconds:.0f} s: {error}" if error else ""
 
     try:
-        async with Client(urls, model=job.settings.model, api_key=api_key, on_outage=on_outage) as client:
+        options = {**options, "on_outage": on_outage}
+        async with Client(urls, model=job.settings.model, **options) as client:
             with watch(progress, console):
                 await job.run(client)
     finally:
@@ -139,7 +153,9 @@ def _check(args: GenerateArgs) -> None:
         raise ConfigError(
             "Say where to generate: either --engine embedded, or --base-url URL (or --api-addr)."
         )
-    check_open_files(args.max_concurrent)
+    check_open_files(args.max_concurrent, raised=True)
+    if not args.source_addresses:
+        check_local_ports(args.max_concurrent)
 
 
 def _prompt_format(args: GenerateArgs) -> PromptFormat:
@@ -155,6 +171,24 @@ def _api_key(args: GenerateArgs) -> str | None:
     return args.api_key or (None if args.engine else os.environ.get("OPENAI_API_KEY"))
 
 
+def _options(args: GenerateArgs) -> FleetOptions:
+    options: FleetOptions = {
+        "api_key": _api_key(args),
+        "max_in_flight": args.max_concurrent,
+        "adaptive": args.concurrency == "adaptive",
+        "source_addresses": args.source_addresses,
+    }
+    if (tls := _tls(args)) is not None:
+        options["tls"] = tls
+    return options
+
+
+def _tls(args: GenerateArgs) -> TLS | None:
+    if args.cacert is None and args.cert is None and args.key is None:
+        return None
+    return TLS(ca=args.cacert, certificate=args.cert, key=args.key)
+
+
 def _urls(args: GenerateArgs) -> list[str]:
     return [*args.base_url, *(f"http://{address}" for address in args.api_addr)]
 
@@ -166,7 +200,7 @@ def _checkpoint(args: GenerateArgs) -> Path:
 async def _model_name(args: GenerateArgs) -> str:
     if args.engine is not None:
         return _checkpoint(args).resolve().name
-    return await served_model(_urls(args), args.model, _api_key(args))
+    return await served_model(_urls(args), args.model, _api_key(args), _tls(args))
 
 
 @asynccontextmanager
@@ -183,13 +217,15 @@ async def _engine(args: GenerateArgs, console: Console) -> AsyncIterator[list[st
         yield [server.base_url]
 
 
-async def served_model(urls: Sequence[str], wanted: str | None, api_key: str | None) -> str:
+async def served_model(
+    urls: Sequence[str], wanted: str | None, api_key: str | None, tls: TLS | None = None
+) -> str:
     """The name requests will call the model, after asking each server what it serves.
 
     Raises ConfigError when a server does not answer, refuses, or does not serve `wanted`; without it the
     servers must all serve the same single model.
     """
-    served = {url: await _models_of(url, wanted, api_key) for url in urls}
+    served = {url: await _models_of(url, wanted, api_key, tls) for url in urls}
     common = set.intersection(*map(set, served.values()))
     if wanted is None and len(common) == 1:
         return common.pop()
@@ -202,8 +238,8 @@ async def served_model(urls: Sequence[str], wanted: str | None, api_key: str | N
     raise ConfigError(f"{url} does not serve the model {wanted!r}: give --model one of {offer}.")
 
 
-async def _models_of(url: str, wanted: str | None, api_key: str | None) -> list[str]:
-    async with Client(url, api_key=api_key) as client:
+async def _models_of(url: str, wanted: str | None, api_key: str | None, tls: TLS | None) -> list[str]:
+    async with Client(url, api_key=api_key, tls=tls) as client:
         try:
             return await client.models()
         except TransportError as error:

@@ -1,4 +1,4 @@
-"""One endpoint as the dispatcher sees it: requests in flight, and whether it accepts connections.
+"""One endpoint as the dispatcher sees it: requests in flight, how many there may be, and how it is.
 
 `in_flight` is changed only by `take` and `give_back`, is exact and never clamped: a count below zero is a bug
 and an AssertionError.
@@ -6,64 +6,100 @@ and an AssertionError.
 
 from __future__ import annotations
 
+import sys
+from hashlib import blake2b
 from typing import Final
 
 from penstock.errors import PenstockError
+from penstock.fleet.health import Breaker, Health, State
+from penstock.fleet.limit import AdaptiveLimit
+from penstock.fleet.transport import Transport
 from penstock.wire.address import Address
 
-FIRST_PROBE: Final = 0.25
-"""Seconds from the first refused connection to the first probe."""
-MAX_PROBE: Final = 2.0
-"""Seconds between two probes of an endpoint that stays down; each wait is twice the one before."""
+UNLIMITED: Final = sys.maxsize
 
 
 class Endpoint:
-    """State of one address."""
+    """State of one address.
 
-    __slots__ = ("address", "down_since", "error", "in_flight", "index", "name", "next_probe", "probe_delay")
+    limit: requests in flight at most; None: no limit. With `adaptive` it is a ceiling, and the limit moves
+    below it.
+    """
 
-    def __init__(self, index: int, address: Address) -> None:
-        self.index = index
-        """Position in the fleet."""
+    __slots__ = (
+        "address",
+        "behind",
+        "behind_since",
+        "current",
+        "draining",
+        "health",
+        "heads",
+        "in_flight",
+        "key",
+        "limit",
+        "limiter",
+        "name",
+        "policy_version",
+        "saturated",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        address: Address,
+        transport: Transport,
+        *,
+        limit: int | None = None,
+        adaptive: bool = False,
+        breaker: Breaker | None = None,
+    ) -> None:
         self.address = address
+        self.transport = transport
         self.name = str(address)
+        self.key = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest(), "little")
+        """The name as a number, the same in every process."""
+        self.health = Health(breaker or Breaker())
         self.in_flight = 0
-        self.down_since: float | None = None
-        """When it first refused a connection; None while it is up."""
-        self.error: PenstockError | None = None
-        """Why it is down."""
-        self.next_probe = 0.0
-        self.probe_delay = FIRST_PROBE
+        self.limiter = AdaptiveLimit(limit or UNLIMITED) if adaptive else None
+        self.limit = self.limiter.current if self.limiter is not None else limit or UNLIMITED
+        self.saturated = False
+        """Requests waited while it was at its limit, since this was last set to False."""
+        self.draining = False
+        """It gets no more requests."""
+        self.current = True
+        """It has the weights of the fleet's policy version; the fleet sets it."""
+        self.policy_version: int | None = 0
+        """The number of the weight update it is known to be at."""
+        self.behind: PenstockError | None = None
+        """Why it must first be brought to the fleet's policy version, where that is not under way."""
+        self.behind_since = 0.0
+        self.heads: dict[str, bytes] = {}
+        """Request heads by route, made once."""
 
     def __repr__(self) -> str:
-        return f"<Endpoint {self.name} {'up' if self.up else 'down'} in_flight={self.in_flight}>"
+        limit = "" if self.shown_limit is None else f"/{self.limit}"
+        return f"<Endpoint {self.name} {self.health.state.name} in_flight={self.in_flight}{limit}>"
+
+    @property
+    def admits(self) -> bool:
+        """Whether it can be given a request now."""
+        return self.in_flight < self.limit and self.health.admits and self.current and not self.draining
 
     @property
     def up(self) -> bool:
-        return self.down_since is None
+        return self.health.state is State.UP
 
-    def take(self) -> None:
+    @property
+    def shown_limit(self) -> int | None:
+        """The limit, None when there is none."""
+        return None if self.limit == UNLIMITED else self.limit
+
+    def take(self) -> int:
+        """One more in flight; its number if it is the one on trial, else 0."""
         self.in_flight += 1
+        health = self.health
+        return health.begin_trial() if health.state is State.HALF_OPEN else 0
 
     def give_back(self) -> None:
         self.in_flight -= 1
         assert self.in_flight >= 0, f"{self.name}: more slots given back than taken"
-
-    def refuse(self, error: PenstockError, now: float) -> None:
-        """A connection could not be made. A first refusal starts the outage, later ones change nothing."""
-        if self.down_since is None:
-            self.down_since = now
-            self.probe_delay = FIRST_PROBE
-            self.next_probe = now + self.probe_delay
-            self.error = error
-
-    def fail_probe(self, error: PenstockError, now: float) -> None:
-        """A probe found it still down."""
-        self.error = error
-        self.probe_delay = min(2 * self.probe_delay, MAX_PROBE)
-        self.next_probe = now + self.probe_delay
-
-    def accept(self) -> None:
-        """A probe was answered."""
-        self.down_since = None
-        self.error = None

@@ -1,14 +1,18 @@
 """Whether, where and when a failed request is sent again. Decided by the error's type, never by its words.
 
-`Attempts` is the state machine of one request; the loop around it is `penstock.client`'s, the only one in the
-project. An endpoint that cannot be connected to costs no attempt, for nothing was sent: it is marked down,
-and the request goes elsewhere or waits for the fleet. Such refusals are bounded by time (`Retry.outage`), the
-rest by number (`Retry.attempts`).
+- An endpoint that cannot be connected to costs no attempt, for nothing was sent: the request goes elsewhere
+  or waits for the fleet. Such refusals are bounded by time (`Retry.outage`), the rest by number
+  (`Retry.attempts`).
+- What may have been generated already is sent again only within the fleet's `Budget`: one such retry for
+  every ten requests, and a trickle in time. A request over the budget waits for its share; it is not given
+  up.
+- `Retries` is the state machine of one request, `Budget` that of a fleet; the clock is handed in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -17,11 +21,13 @@ from penstock.errors import (
     ConnectFailed,
     FleetDown,
     Overloaded,
-    PenstockError,
     PhaseTimeout,
     ServerFailed,
     TransportError,
 )
+
+UNAVAILABLE: Final = 503
+"""Status of a server that is starting, ending, or whose engine has died: worth asking how it is."""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -31,13 +37,22 @@ class Decision(msgspec.Struct, frozen=True):
     """Sending it again may succeed."""
     refused: bool = False
     """Nothing was sent: the endpoint does not accept connections."""
+    charged: bool = False
+    """It may have been generated: another try counts against the budget."""
+    blamed: bool = False
+    """The endpoint failed: its breaker counts it."""
+    suspect: bool = False
+    """The endpoint may be down: it is asked how it is."""
+    overloaded: bool = False
+    """The endpoint has too much to do: its limit is cut."""
     wait: float = 0.0
     """Seconds the server asked us to wait."""
 
 
-_GIVE_UP = Decision(retry=False)
-_AGAIN = Decision(retry=True)
-_REFUSED = Decision(retry=True, refused=True)
+_GIVE_UP: Final = Decision(retry=False)
+_FAILED: Final = Decision(retry=True, charged=True, blamed=True, suspect=True)
+REFUSED: Final = Decision(retry=True, refused=True)
+"""That of a request that was never sent."""
 
 
 def classify(error: BaseException) -> Decision:
@@ -45,11 +60,12 @@ def classify(error: BaseException) -> Decision:
     if isinstance(error, FleetDown):
         return _GIVE_UP
     if isinstance(error, ConnectFailed) or (isinstance(error, PhaseTimeout) and error.phase == "connect"):
-        return _REFUSED
+        return REFUSED
     if isinstance(error, Overloaded):
-        return Decision(retry=True, wait=error.retry_after or 0.0)
+        unavailable = error.status == UNAVAILABLE
+        return Decision(retry=True, overloaded=True, suspect=unavailable, wait=error.retry_after or 0.0)
     if isinstance(error, TransportError | ServerFailed):
-        return _AGAIN
+        return _FAILED
     return _GIVE_UP
 
 
@@ -65,11 +81,13 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds any backoff is at most. A longer Retry-After is obeyed all the same."""
     outage: float | None = 300.0
     """Seconds to wait while no connection can be made, or because a server says so. None: no limit."""
+    budget: float = 0.1
+    """Retries of what may have been generated, for each request answered."""
 
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise ConfigError(f"attempts must be at least 1, not {self.attempts}")
-        for name in ("base", "cap", "outage"):
+        for name in ("base", "cap", "outage", "budget"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must not be negative, but is {value}")
@@ -82,29 +100,76 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
         return random() * min(self.cap, self.base * 2.0 ** min(failures - 1, 64))
 
 
-class Attempts:
-    """The attempts at one request so far."""
+class Budget:
+    """The retries a fleet can afford: credit earned by the requests answered and, slowly, by time.
 
-    __slots__ = ("_random", "_refused_since", "_retry", "failures")
+    All that has been in flight at once may be lost once, as when an engine dies, and is tried again without
+    delay; what comes on top waits for its turn. Source: https://sre.google/sre-book/handling-overload/ (retry
+    budgets), here with a wait in place of an error.
+    """
 
-    def __init__(self, retry: Retry, random: Callable[[], float]) -> None:
-        self._retry = retry
-        self._random = random
+    BURST: Final = 100.0
+    """Retries that may be saved up at least; else as many as have been in flight at once."""
+    SHARE: Final = 0.1
+    """Retries a second that are always affordable, for each that may be saved up."""
+
+    __slots__ = ("_at", "_ratio", "burst", "owed")
+
+    def __init__(self, ratio: float) -> None:
+        self._ratio = ratio
+        self._at: float | None = None
+        self.burst = self.BURST
+        self.owed = 0.0
+        """Retries made that have not been earned since; above `burst` they have been promised for later."""
+
+    def earn(self) -> None:
+        """A request has been answered."""
+        self.owed = max(0.0, self.owed - self._ratio)
+
+    def due(self, now: float, in_flight: int) -> float:
+        """Seconds until the next retry is due. in_flight: requests of the fleet, the failed one included."""
+        self.burst = max(self.burst, float(in_flight))
+        if self._at is not None:
+            self.owed = max(0.0, self.owed - self.SHARE * self.burst * (now - self._at))
+        self._at = now
+        return max(0.0, (self.owed + 1.0 - self.burst) / (self.SHARE * self.burst))
+
+    def spend(self, now: float, in_flight: int) -> float:
+        """Takes one retry. Seconds until it is due."""
+        wait = self.due(now, in_flight)
+        self.owed += 1.0
+        return wait
+
+
+class Retries:
+    """The failures of one request so far, and what follows from them."""
+
+    __slots__ = ("_refused_since", "failures")
+
+    def __init__(self) -> None:
         self.failures = 0
         """Times the request was sent and failed."""
         self._refused_since: float | None = None
 
-    @property
-    def number(self) -> int:
-        """Number of the attempt under way, from 1."""
-        return self.failures + 1
+    def fail(
+        self,
+        decision: Decision,
+        retry: Retry,
+        budget: Budget,
+        now: float,
+        random: Callable[[], float],
+        *,
+        in_flight: int = 1,
+        deadline: float | None = None,
+    ) -> float | None:
+        """Counts a failure. Seconds to wait before sending again, or None: the error is final.
 
-    def fail(self, error: PenstockError, now: float) -> float | None:
-        """Counts a failure. Seconds to wait before sending again, or None: the error is final."""
-        decision = classify(error)
+        in_flight: requests of the fleet, this one included. What could only be sent after the deadline takes
+        nothing out of the budget.
+        """
         if not decision.retry:
             return None
-        outage = self._retry.outage
+        outage = retry.outage
         if decision.refused:
             if self._refused_since is None:
                 self._refused_since = now
@@ -112,6 +177,13 @@ class Attempts:
             return None if outage is not None and waited >= outage else 0.0
         self._refused_since = None
         self.failures += 1
-        if self.failures >= self._retry.attempts or (outage is not None and decision.wait > outage):
+        if self.failures >= retry.attempts or (outage is not None and decision.wait > outage):
             return None
-        return decision.wait + self._retry.backoff(self.failures, self._random)
+        wait = decision.wait + retry.backoff(self.failures, random)
+        if decision.charged:
+            wait = max(wait, budget.due(now, in_flight))
+        if deadline is not None and now + wait >= deadline:
+            return None
+        if decision.charged:
+            budget.spend(now, in_flight)
+        return wait

@@ -2,29 +2,41 @@
 
 It guarantees:
 - the future `send` returns is resolved exactly once: with the complete response, or with the error that says
-  why there is none (ConnectionLost, MalformedResponse, PhaseTimeout);
+  why there is none (ConnectionLost, MalformedResponse, PhaseTimeout, ConnectFailed);
+- a stream ends exactly once, complete or with one of these errors;
 - a connection goes back to its pool only when the response was complete, the server keeps the connection, the
   whole request had been written and not a byte followed the response; else it is closed;
-- memory is bounded: MAX_HEAD for the head, `max_response` for all of a response.
+- memory is bounded: MAX_HEAD for the head, `max_response` for all of a response, MAX_UNREAD for a stream.
 
 The parser is made once and reused. Its callbacks for headers and body pieces are methods of a dict and a
-list, so that they cost no Python frame.
+list, so that they cost no Python frame. A request in flight has either a waiter (the whole response is
+wanted) or a stream, never both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Final, Protocol, cast
 
 import httptools
 import msgspec
 
-from penstock.errors import ConfigError, ConnectionLost, MalformedResponse, PenstockError, PhaseTimeout
+from penstock.errors import (
+    ConfigError,
+    ConnectFailed,
+    ConnectionLost,
+    MalformedResponse,
+    PenstockError,
+    PhaseTimeout,
+)
+from penstock.wire import tls
+from penstock.wire.stream import Stream, find_header
 
 MAX_HEAD: Final = 64 << 10
 """Bytes of status line and headers."""
 MAX_RESPONSE: Final = 256 << 20
-"""Bytes of one whole response."""
+"""Bytes of one whole response. A streamed one has no bound: what lies unread has."""
 LARGE_BODY: Final = 64 << 10
 """Bytes from which a request body is written on its own instead of being copied behind its head."""
 
@@ -60,11 +72,11 @@ class Response:
 
     def header(self, name: bytes) -> bytes | None:
         """The value of the header called `name` (lower-case), whatever case the server wrote it in."""
-        return _header(self.headers, name)
+        return find_header(self.headers, name)
 
 
 class Owner(Protocol):
-    """What a connection tells its pool."""
+    """What a connection tells its pool. `lost` may be told twice, and of a connection that was never made."""
 
     max_response: int
 
@@ -93,6 +105,7 @@ class Connection(asyncio.Protocol):
         "_received",
         "_response",
         "_status",
+        "_stream",
         "_transport",
         "_waiter",
         "on_body",
@@ -108,6 +121,7 @@ class Connection(asyncio.Protocol):
         self._peer = peer
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[Response] | None = None
+        self._stream: Stream | None = None
         self._response: Response | None = None
         self._headers: dict[bytes, bytes] = {}
         self._parts: list[bytes] = []
@@ -150,6 +164,13 @@ class Connection(asyncio.Protocol):
             transport.write(body)
         return waiter
 
+    def stream(self, head: bytes, body: bytes) -> Stream:
+        """Writes a request, as `send`, whose response is read while it arrives."""
+        self.send(head, body)
+        self._waiter = None
+        self._stream = stream = Stream(self, self._parts, self._loop)
+        return stream
+
     def discard(self, waiter: asyncio.Future[Response]) -> None:
         """Nobody waits for this response any longer: closes the connection, unless it is complete."""
         if self._waiter is waiter:
@@ -157,13 +178,32 @@ class Connection(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
-        """Closes at once. A request in flight ends with ConnectionLost."""
-        if self._transport is not None:
+        """Closes at once. A request in flight ends with ConnectionLost; what lies unread is dropped."""
+        if self._waiter is not None or self._stream is not None:
+            self._parts.clear()
+            message = f"the connection to {self._peer} was closed while a request was in flight"
+            self._fail(ConnectionLost(message, response_started=self._received > 0))
+        elif self._transport is not None:
             self._transport.abort()
+
+    def drop(self) -> None:
+        """Nobody reads the stream any longer, and it is not complete."""
+        self._stream = None
+        self.abort()
+
+    def pause(self) -> None:
+        """Reads nothing more from the socket, which in time stops the server."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self.since = self._clock()
+            self._transport.resume_reading()
 
     def sweep(self, now: float, timeouts: Timeouts) -> None:
         """Fails the request in flight if its phase has lasted too long."""
-        if self._waiter is None:
+        if self._waiter is None and (self._stream is None or self._stream.paused):
             return
         age = now - self.since
         if self._received == 0:
@@ -183,19 +223,23 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._owner.lost(self)
-        if self._waiter is None:
+        if self._waiter is None and self._stream is None:
             return
         if exc is None and self._head_done and self._until_close():
             self._settle(Response(self._status, self._headers, b"".join(self._parts)))
             return
         started = self._received > 0
+        if isinstance(exc, ssl.SSLError) and not started and not self.served:
+            # With TLS 1.3 a server refuses our certificate only after the handshake has ended for us.
+            self._fail(ConnectFailed(f"cannot connect to {self._peer}: {tls.reason_of(exc)}"))
+            return
         where = "in the middle of a response" if started else "before it sent a response"
         reason = f" ({exc})" if exc is not None else ""
         message = f"{self._peer} closed the connection {where}{reason}"
         self._fail(ConnectionLost(message, response_started=started, reused=self.served > 0))
 
     def data_received(self, data: bytes) -> None:
-        if self._waiter is None:
+        if self._waiter is None and self._stream is None:
             self.abort()  # nobody has asked: a 408 on an idle connection, or a server out of step
             return
         self.since = self._clock()
@@ -210,10 +254,12 @@ class Connection(asyncio.Protocol):
         response = self._response
         if response is not None:
             self._complete(response)
+        elif self._stream is not None:
+            self._streamed(self._stream, len(data))
         elif self._received > self._owner.max_response:
             self._fail(MalformedResponse(f"{self._peer} sent more than {self._owner.max_response} bytes"))
         elif not self._head_done and self._received > MAX_HEAD:
-            self._fail(MalformedResponse(f"{self._peer} sent a response head of more than {MAX_HEAD} bytes"))
+            self._fail_head()
 
     # -- the parser's side ------------------------------------------------------------------------
 
@@ -247,6 +293,8 @@ class Connection(asyncio.Protocol):
         assert transport is not None
         reusable = self._keep_alive and not self._begun and transport.get_write_buffer_size() == 0
         waiter, self._waiter, self._response = self._waiter, None, None
+        if waiter is None:
+            self._end_stream(response)
         self._headers.clear()
         self._parts.clear()
         self.served += 1
@@ -259,25 +307,46 @@ class Connection(asyncio.Protocol):
 
     def _settle(self, response: Response) -> None:
         waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
+        if waiter is None:
+            self._end_stream(response)
+        elif not waiter.done():
             waiter.set_result(response)
 
     def _fail(self, error: PenstockError) -> None:
         waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.fail(error)
+        elif waiter is not None and not waiter.done():
             waiter.set_exception(error)
         self.abort()
 
+    def _fail_head(self) -> None:
+        self._fail(MalformedResponse(f"{self._peer} sent a response head of more than {MAX_HEAD} bytes"))
+
+    def _streamed(self, stream: Stream, size: int) -> None:
+        """So many bytes of a response that is not complete have been parsed."""
+        if not self._head_done:
+            if self._received > MAX_HEAD:
+                self._fail_head()
+            return
+        if stream.status == 0:
+            stream.begin(self._status, self._headers.copy())
+        stream.arrived(size)
+
+    def _end_stream(self, response: Response) -> None:
+        """The response is complete; its body is what the stream's reader has not taken yet."""
+        stream, self._stream = self._stream, None
+        assert stream is not None
+        if stream.paused:  # the connection goes on to serve others
+            self.resume()
+        if stream.status == 0:
+            stream.begin(response.status, response.headers)
+        stream.finish(response.body)
+
     def _until_close(self) -> bool:
         """The body of the response is delimited by the end of the connection."""
-        if _header(self._headers, b"content-length") is not None:
+        if find_header(self._headers, b"content-length") is not None:
             return False
-        coding = _header(self._headers, b"transfer-encoding")
+        coding = find_header(self._headers, b"transfer-encoding")
         return coding is None or not coding.lower().rstrip().endswith(b"chunked")
-
-
-def _header(headers: dict[bytes, bytes], name: bytes) -> bytes | None:
-    for key, value in headers.items():
-        if key.lower() == name:
-            return value
-    return None

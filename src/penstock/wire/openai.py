@@ -31,13 +31,15 @@ MAX_MESSAGE: Final = 2000
 """Characters of a server's error message that are kept."""
 MAX_EXCERPT: Final = 200
 """Characters of an unreadable answer that are quoted."""
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not the JSON they should be; the last for deep nesting."""
 
 
 class PromptTokensDetails(msgspec.Struct, gc=False):
     cached_tokens: int | None = None
 
 
-class UsageBody(msgspec.Struct):
+class UsageBody(msgspec.Struct, gc=False):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: PromptTokensDetails | None = None
@@ -55,7 +57,7 @@ class TextLogprobs(msgspec.Struct):
     token_logprobs: list[float | None] | None = None
 
 
-class ChatMessage(msgspec.Struct):
+class ChatMessage(msgspec.Struct, gc=False):
     """The message of an answer. `reasoning_content` is the older name of `reasoning`."""
 
     content: str | None = None
@@ -63,7 +65,7 @@ class ChatMessage(msgspec.Struct):
     reasoning_content: str | None = None
 
 
-class ChatChoice(msgspec.Struct):
+class ChatChoice(msgspec.Struct, gc=False):
     message: ChatMessage
     index: int = 0
     finish_reason: str | None = None
@@ -74,7 +76,7 @@ class ChatChoice(msgspec.Struct):
     logprobs: ChatLogprobs | None = None
 
 
-class ChatCompletion(msgspec.Struct):
+class ChatCompletion(msgspec.Struct, gc=False):
     choices: list[ChatChoice]
     id: str | None = None
     model: str | None = None
@@ -82,7 +84,7 @@ class ChatCompletion(msgspec.Struct):
     prompt_token_ids: tuple[int, ...] | None = None
 
 
-class TextChoice(msgspec.Struct):
+class TextChoice(msgspec.Struct, gc=False):
     text: str | None = None
     index: int = 0
     finish_reason: str | None = None
@@ -93,7 +95,7 @@ class TextChoice(msgspec.Struct):
     logprobs: TextLogprobs | None = None
 
 
-class TextCompletion(msgspec.Struct):
+class TextCompletion(msgspec.Struct, gc=False):
     choices: list[TextChoice]
     id: str | None = None
     model: str | None = None
@@ -102,10 +104,20 @@ class TextCompletion(msgspec.Struct):
 
 class ModelCard(msgspec.Struct):
     id: str
+    max_model_len: int | None = None
 
 
 class ModelList(msgspec.Struct):
     data: list[ModelCard]
+
+
+class Tokenized(msgspec.Struct):
+    tokens: tuple[int, ...]
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str | None = None
+    text: str = ""
 
 
 class Origin(msgspec.Struct, frozen=True, gc=False):
@@ -121,41 +133,48 @@ T = TypeVar("T")
 _decode_chat: Final = msgspec.json.Decoder(ChatCompletion).decode
 _decode_text: Final = msgspec.json.Decoder(TextCompletion).decode
 _decode_models: Final = msgspec.json.Decoder(ModelList).decode
+_decode_tokens: Final = msgspec.json.Decoder(Tokenized).decode
+_decode_detokenized: Final = msgspec.json.Decoder(Detokenized).decode
 
 
 # -- requests -------------------------------------------------------------------------------------
 
 
-def chat_request(
+def chat_fields(
     messages: Sequence[Mapping[str, Any]],
     params: SamplingParams | None,
     model: str | None,
     extra: Mapping[str, Any] | None,
-) -> bytes:
-    """The body of a chat completion request. Raises ConfigError when it cannot be written as JSON."""
-    fields = params.as_dict() if params is not None else {}
-    if "logprobs" in fields:
-        fields["top_logprobs"] = fields["logprobs"]
-        fields["logprobs"] = True
-    return _encode({"model": model, "messages": messages, **fields}, extra)
+) -> dict[str, Any]:
+    """The fields of a chat completion request; `extra` is merged in last."""
+    fields: dict[str, Any] = {"model": model, "messages": messages} if model else {"messages": messages}
+    if params is not None:
+        fields.update(params.as_dict())
+        if "logprobs" in fields:
+            fields["top_logprobs"] = fields["logprobs"]
+            fields["logprobs"] = True
+    if extra:
+        fields.update(extra)
+    return fields
 
 
-def text_request(
+def text_fields(
     prompt: str | Sequence[int],
     params: SamplingParams | None,
     model: str | None,
     extra: Mapping[str, Any] | None,
-) -> bytes:
-    """The body of a text completion request; the prompt is text or token ids."""
-    fields = params.as_dict() if params is not None else {}
-    return _encode({"model": model, "prompt": prompt, **fields}, extra)
-
-
-def _encode(fields: dict[str, Any], extra: Mapping[str, Any] | None) -> bytes:
-    if fields["model"] is None:
-        del fields["model"]
+) -> dict[str, Any]:
+    """The fields of a text completion request; the prompt is text or token ids."""
+    fields: dict[str, Any] = {"model": model, "prompt": prompt} if model else {"prompt": prompt}
+    if params is not None:
+        fields.update(params.as_dict())
     if extra:
         fields.update(extra)
+    return fields
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """The body of a request. Raises ConfigError when it cannot be written as JSON."""
     try:
         return orjson.dumps(fields)
     except TypeError as error:
@@ -165,24 +184,36 @@ def _encode(fields: dict[str, Any], extra: Mapping[str, Any] | None) -> bytes:
 # -- answers --------------------------------------------------------------------------------------
 
 
-def chat_sample(body: bytes, origin: Origin) -> Sample:
-    """The sample in a chat completion. Raises MalformedResponse."""
+def chat_samples(body: bytes, origin: Origin, count: int = 1) -> list[Sample]:
+    """The samples in a chat completion, in the order of the answer.
+
+    Raises MalformedResponse, and ConfigError when they are not `count`: the server does not know `n`.
+    """
     answer = _decoded(_decode_chat, body, "chat completion")
-    choice = _only(answer.choices)
+    if count == 1 == len(answer.choices):
+        return [_chat_sample(answer, answer.choices[0], usage_of(answer.usage), origin)]
+    usages = _usages(answer.choices, answer.usage, count)
+    return [
+        _chat_sample(answer, choice, usage, origin)
+        for choice, usage in zip(answer.choices, usages, strict=True)
+    ]
+
+
+def _chat_sample(answer: ChatCompletion, choice: ChatChoice, usage: Usage, origin: Origin) -> Sample:
     message = choice.message
     text = message.content or ""
     reasoning = message.reasoning or message.reasoning_content
     logprobs = choice.logprobs.content if choice.logprobs is not None else None
     return Sample(
         text=text,
-        reasoning=reasoning or _reasoning(text),
+        reasoning=reasoning or reasoning_of(text),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason if choice.stop_reason is not None else choice.matched_stop,
         index=choice.index,
         token_ids=choice.token_ids,
         prompt_token_ids=answer.prompt_token_ids,
-        logprobs=None if logprobs is None else tuple([_number(token.logprob) for token in logprobs]),
-        usage=_usage(answer.usage),
+        logprobs=None if logprobs is None else tuple([number(token.logprob) for token in logprobs]),
+        usage=usage,
         model=answer.model,
         request_id=answer.id,
         endpoint=origin.endpoint,
@@ -191,28 +222,52 @@ def chat_sample(body: bytes, origin: Origin) -> Sample:
     )
 
 
-def text_sample(body: bytes, origin: Origin) -> Sample:
-    """The sample in a text completion. Raises MalformedResponse."""
+def text_samples(body: bytes, origin: Origin, count: int = 1) -> list[Sample]:
+    """The samples in a text completion, in the order of the answer.
+
+    Raises MalformedResponse, and ConfigError when they are not `count`: the server does not know `n`.
+    """
     answer = _decoded(_decode_text, body, "text completion")
-    choice = _only(answer.choices)
+    if count == 1 == len(answer.choices):
+        return [_text_sample(answer, answer.choices[0], usage_of(answer.usage), origin)]
+    usages = _usages(answer.choices, answer.usage, count)
+    return [
+        _text_sample(answer, choice, usage, origin)
+        for choice, usage in zip(answer.choices, usages, strict=True)
+    ]
+
+
+def _text_sample(answer: TextCompletion, choice: TextChoice, usage: Usage, origin: Origin) -> Sample:
     text = choice.text or ""
     logprobs = choice.logprobs.token_logprobs if choice.logprobs is not None else None
     return Sample(
         text=text,
-        reasoning=_reasoning(text),
+        reasoning=reasoning_of(text),
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason if choice.stop_reason is not None else choice.matched_stop,
         index=choice.index,
         token_ids=choice.token_ids,
         prompt_token_ids=choice.prompt_token_ids,
-        logprobs=None if logprobs is None else tuple([_number(value) for value in logprobs]),
-        usage=_usage(answer.usage),
+        logprobs=None if logprobs is None else tuple([number(value) for value in logprobs]),
+        usage=usage,
         model=answer.model,
         request_id=answer.id,
         endpoint=origin.endpoint,
         attempts=origin.attempts,
         latency=origin.latency,
     )
+
+
+def token_ids(body: bytes) -> tuple[int, ...]:
+    """The ids in the answer of a /tokenize route. Raises MalformedResponse."""
+    return _decoded(_decode_tokens, body, "list of tokens").tokens
+
+
+def detokenized(body: bytes) -> str:
+    """The text in the answer of a /detokenize route: vLLM's `prompt`, SGLang's `text`. Raises
+    MalformedResponse."""
+    answer = _decoded(_decode_detokenized, body, "text of tokens")
+    return answer.prompt if answer.prompt is not None else answer.text
 
 
 def model_names(body: bytes) -> list[str]:
@@ -220,34 +275,58 @@ def model_names(body: bytes) -> list[str]:
     return [card.id for card in _decoded(_decode_models, body, "model list").data]
 
 
+def context_length(body: bytes, model: str | None) -> int | None:
+    """Tokens the named model (None: the first) takes, prompt and completion, from a model list that says
+    so."""
+    for card in _decoded(_decode_models, body, "model list").data:
+        if model is None or card.id == model:
+            return card.max_model_len
+    return None
+
+
 def _decoded(decode: Callable[[bytes], T], body: bytes, what: str) -> T:
     try:
         return decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         message = _error_fields(body)[0]
         raise MalformedResponse(f"the answer is not a {what} ({error}): {message[:MAX_EXCERPT]}") from error
 
 
-def _only(choices: list[T]) -> T:
-    if not choices:
-        raise MalformedResponse("the answer holds no choices")
-    return choices[0]
-
-
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """A logprob; NaN where an engine wrote null."""
     return math.nan if value is None else value
 
 
-def _reasoning(text: str) -> str | None:
+def reasoning_of(text: str) -> str | None:
+    """What stands between the reasoning tags of a text."""
     return split_reasoning(text)[0] if "think>" in text else None  # most texts have none: one search
 
 
-def _usage(body: UsageBody | None) -> Usage:
+def usage_of(body: UsageBody | None) -> Usage:
     if body is None:
         return Usage()
     details = body.prompt_tokens_details
     cached = details.cached_tokens if details is not None else 0
     return Usage(body.prompt_tokens or 0, body.completion_tokens or 0, cached or 0)
+
+
+def _usages(choices: Sequence[ChatChoice | TextChoice], body: UsageBody | None, count: int) -> list[Usage]:
+    """The usage of each choice.
+
+    An answer has one for all: each choice gets its own tokens where they are known, else the first gets all.
+    """
+    whole = usage_of(body)
+    if not choices:
+        raise MalformedResponse("the answer holds no choices")
+    if len(choices) != count:
+        raise ConfigError(
+            f"asked for n={count} completions, the server answered {len(choices)}: send that many requests"
+        )
+    if all(choice.token_ids is not None for choice in choices):
+        own = [len(choice.token_ids or ()) for choice in choices]
+    else:
+        own = [whole.completion_tokens] + [0] * (count - 1)
+    return [Usage(whole.prompt_tokens, tokens, whole.cached_tokens) for tokens in own]
 
 
 # -- error statuses -------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ It guarantees:
 - a request is sent once. The one exception: a reused connection that dies before any byte of a response (the
   server closed it while idle) is replaced by a fresh one, once;
 - idle connections are reused last in, first out, and closed before the server closes them;
-- a cancelled request closes its connection, so that the engine stops generating;
-- after `close` no socket is left.
+- a cancelled request, and a stream given up, closes its connection, so that the engine stops generating;
+- after `close` no socket is left, and every stream that is not complete ends with ConnectionLost.
 
 One timer per pool looks after all deadlines. A pool belongs to the loop it was made in.
 """
@@ -13,10 +13,8 @@ One timer per pool looks after all deadlines. A pool belongs to the loop it was 
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
-import socket
 import ssl
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -24,29 +22,17 @@ import msgspec
 from penstock.errors import ConfigError, ConnectFailed, ConnectionLost, PhaseTimeout, TransportError
 from penstock.wire.address import Address
 from penstock.wire.connection import MAX_RESPONSE, Connection, Response, Timeouts
+from penstock.wire.dial import Dialer, reason_of
+from penstock.wire.stream import Stream
 
 KEEP_ALIVE: Final = 4.0
 """Seconds an idle connection is kept: less than uvicorn's 5, so that the client closes first."""
-RESOLVE_TTL: Final = 30.0
-"""Seconds a resolved name is used."""
 CONNECTING: Final = 128
 """Connections being made at a time: thousands at once would overflow the server's listen queue."""
 MAX_TICK: Final = 0.5
 """Seconds between two looks at the deadlines."""
 CLOSE_ROUNDS: Final = 1000
 """Loop iterations `close` gives its connections to report their end; each needs one or two."""
-
-_KEEPALIVE_PROBES: Final = (
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", 4), 60),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", 5), 15),
-    (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", 6), 4),
-)
-_EXHAUSTED: Final = {
-    errno.EMFILE: "this process has too many open files; raise `ulimit -n` or lower the concurrency",
-    errno.ENFILE: "this machine has too many open files",
-    errno.EADDRNOTAVAIL: "this machine has no free local port left for that address",
-}
 
 
 class PoolStatistics(msgspec.Struct, frozen=True):
@@ -62,7 +48,13 @@ class PoolStatistics(msgspec.Struct, frozen=True):
 
 
 class Pool:
-    """Connections to `address`, made as needed. `request` may be called by any number of tasks."""
+    """Connections to `address`, made as needed. `request` and `stream` may be called by any number of tasks.
+
+    source_addresses: local IP addresses connections are made from, in turn; none: the system's choice. Each
+    adds its own local ports to what this machine can have open to one address. Without meaning for a UNIX
+    socket, as is `ssl_context` unless the address is https.
+    Raises ConfigError when a source is not an IP address.
+    """
 
     def __init__(
         self,
@@ -72,20 +64,19 @@ class Pool:
         ssl_context: ssl.SSLContext | None = None,
         max_response: int = MAX_RESPONSE,
         keep_alive: float = KEEP_ALIVE,
+        source_addresses: Sequence[str] = (),
+        connection_type: type[Connection] = Connection,
     ) -> None:
         self.address = address
         self.timeouts = timeouts or Timeouts()
         self.max_response = max_response
         self.keep_alive = keep_alive
-        self._ssl = (ssl_context or ssl.create_default_context()) if address.scheme == "https" else None
         self._loop = asyncio.get_running_loop()
+        self._dialer = Dialer(address, self, self._loop, ssl_context, source_addresses, connection_type)
         self._clock = self._loop.time
         self._open: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
         self._turns = asyncio.Semaphore(CONNECTING)
-        self._resolving = asyncio.Lock()
-        self._resolved: list[tuple[socket.AddressFamily, str]] = []
-        self._resolved_at = 0.0
         self._failures = 0
         self._failure: TransportError | None = None
         self._opened = 0
@@ -126,8 +117,42 @@ class Pool:
             connection.discard(waiter)
             raise
 
+    async def stream(self, head: bytes, body: bytes = b"") -> Stream:
+        """Sends a request and waits for the head of the response; its body is read from the stream.
+
+        The stream is to be read to its end or closed. Raises as `request`.
+        """
+        connection = self._reuse() or await self._connect()
+        stream = connection.stream(head, body)
+        try:
+            await stream.begun()
+            return stream
+        except ConnectionLost as error:
+            if not error.reused or error.response_started or self._closed:
+                raise
+        except BaseException:
+            stream.close()
+            raise
+        self._resent += 1
+        connection = await self._connect()
+        stream = connection.stream(head, body)
+        try:
+            await stream.begun()
+            return stream
+        except BaseException:
+            stream.close()
+            raise
+
+    def drop_silent(self, seconds: float) -> int:
+        """Ends, with ConnectionLost, the requests on which nothing has moved for so long; their number."""
+        bound = self._clock() - seconds
+        silent = [one for one in self._open if one not in self._idle and one.since <= bound]
+        for connection in silent:
+            connection.abort()
+        return len(silent)
+
     async def close(self) -> None:
-        """Closes every connection. Requests in flight end with ConnectionLost."""
+        """Closes every connection. Requests in flight and open streams end with ConnectionLost."""
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
@@ -192,11 +217,11 @@ class Pool:
                 raise _again(self._failure)
             try:
                 async with asyncio.timeout(self.timeouts.connect):
-                    connection = await self._connect_any()
+                    connection = await self._dialer.connect()
             except OSError as error:
                 self._failure = self._connect_failure(error)
                 self._failures += 1
-                self._resolved_at = 0.0
+                self._dialer.forget()
                 raise _again(self._failure) from error
             if self._closed:
                 connection.abort()
@@ -212,58 +237,7 @@ class Pool:
             return PhaseTimeout(
                 f"no connection to {self.address} within {self.timeouts.connect} s", "connect"
             )
-        return ConnectFailed(f"cannot connect to {self.address}: {_reason(error)}")
-
-    async def _connect_any(self) -> Connection:
-        """Tries the addresses of the host in order, each for its share of the time that is left."""
-        deadline = None if self.timeouts.connect is None else self._clock() + self.timeouts.connect
-        addresses = await self._resolve()
-        for position, (family, host) in enumerate(addresses):
-            left = len(addresses) - position
-            share = None if deadline is None else (deadline - self._clock()) / left
-            try:
-                async with asyncio.timeout(share if left > 1 else None):
-                    return await self._connect_to(family, host)
-            except OSError:  # TimeoutError is one
-                if left == 1:
-                    raise
-        raise OSError(f"the name {self.address.host!r} has no address")
-
-    async def _connect_to(self, family: socket.AddressFamily, host: str) -> Connection:
-        transport, connection = await self._loop.create_connection(
-            lambda: Connection(self, self._loop, str(self.address)),
-            host,
-            self.address.port,
-            family=family,
-            ssl=self._ssl,
-            server_hostname=self.address.host if self._ssl is not None else None,
-        )
-        peer = transport.get_extra_info("socket")
-        for level, option, value in _KEEPALIVE_PROBES:
-            peer.setsockopt(level, option, value)
-        if not connection.alive:
-            raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
-        return connection
-
-    async def _resolve(self) -> list[tuple[socket.AddressFamily, str]]:
-        async with self._resolving:
-            if not self._resolved_at or self._clock() - self._resolved_at > RESOLVE_TTL:
-                found = await self._loop.getaddrinfo(
-                    self.address.host, self.address.port, type=socket.SOCK_STREAM
-                )
-                self._resolved = [(family, str(where[0])) for family, _, _, _, where in found]
-                self._resolved_at = self._clock()
-            return self._resolved
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {getattr(error, 'verify_message', '') or error.reason or error}"
-    if isinstance(error, socket.gaierror):
-        return f"the name cannot be resolved ({error.strerror})"
-    if error.errno is None:
-        return str(error)
-    return _EXHAUSTED.get(error.errno) or os.strerror(error.errno)
+        return ConnectFailed(f"cannot connect to {self.address}: {reason_of(error)}")
 
 
 def _again(failure: TransportError) -> TransportError:
