@@ -15,8 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +22,8 @@ import orjson
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from stub import serving
 
 HERE = Path(__file__).parent
 
@@ -45,16 +45,6 @@ class Run:
     """Microseconds of CPU a row."""
     rate: float
     """Rows a second."""
-
-
-@contextmanager
-def stub() -> Iterator[int]:
-    """A stub engine in a process of its own; gives its port."""
-    command = [sys.executable, str(HERE / "stub.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        yield int(process.stdout.readline())
-        process.stdin.close()
 
 
 def subjects(source: Path, out: Path, port: int, args: Args) -> dict[str, list[str]]:
@@ -100,9 +90,9 @@ def main() -> None:
                 file.write(orjson.dumps({"question": f"{row}{number}?", "answer": str(number)}) + b"\n")
         for turn in range(args.rounds):
             # The stub is reaped after its round, so its CPU is in no measurement.
-            with stub() as port:
+            with serving() as stub:
                 out = Path(folder, f"out-{turn}.jsonl")
-                for name, command in subjects(source, out, port, args).items():
+                for name, command in subjects(source, out, stub.port, args).items():
                     runs.setdefault(name, []).append(measure(command, args.rows))
                     check(out, args.rows, name)
     show(runs, args)
