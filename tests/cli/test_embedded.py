@@ -29,17 +29,18 @@ def command(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def engines_of(session: int) -> list[int]:
-    """Processes of the embedded engine whose parent is, or was, the job `session`."""
-    found = []
+    """Processes of the embedded engine that the job `session` has started: children of its supervisors."""
+    parents, engines = {}, []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = status.read_text().rpartition(")")[2].split()
             words = status.with_name("cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"penstock.engine" in words and int(fields[1]) == session:
-            found.append(int(status.parent.name))
-    return found
+        parents[int(status.parent.name)] = int(fields[1])
+        if b"penstock.engine" in words:
+            engines.append(int(status.parent.name))
+    return [engine for engine in engines if parents.get(parents[engine]) == session]
 
 
 @contextmanager

@@ -12,27 +12,35 @@ from pathlib import Path
 
 import pytest
 
+from penstock.servers.launched import LifeCycle
 from tests.engine_server.cases import CASES, CONTEXT, MODEL
 from tests.engine_server.checkpoint import make_checkpoint
 from tests.engine_server.conformity import differences, observe
 from tests.engine_server.running import engine_of, running
 from tests.engine_server.test_answers import RECORDING
-from tests.engines.vllm_server import vllm_server
-
-PYTHON = os.environ.get("PENSTOCK_VLLM_PYTHON")
+from tests.engines.engines import ENGINES
+from tests.engines.live import Live
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="PENSTOCK_VLLM_PYTHON does not point to a Python with vLLM"),
+    pytest.mark.skipif(
+        not os.environ.get("PENSTOCK_VLLM_PYTHON"),
+        reason="PENSTOCK_VLLM_PYTHON does not point to a Python with vLLM",
+    ),
 ]
 
 
 def test_answers_are_vllms(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "tiny")
     seen = {}
-    assert PYTHON is not None
-    vllm = vllm_server(Path(PYTHON), folder, name=MODEL, max_model_len=CONTEXT, log=tmp_path / "vllm.log")
-    with vllm as port, running(engine_of(folder)) as ours:
+    vllm = ENGINES["vllm"]
+    # One thread in the server's own process: what comes in one event of a stream is then steadier.
+    settings = {"distributed_executor_backend": "uni"}
+    server = vllm.make(
+        folder, name=MODEL, max_model_len=CONTEXT, extra_args=settings, life=LifeCycle(log_folder=tmp_path)
+    )
+    with Live(vllm, server) as live, running(engine_of(folder)) as ours:
+        port = int(live.server.base_url.rpartition(":")[2])
         differing = {}
         for case in CASES:
             seen[case.name] = observe("127.0.0.1", port, case)
