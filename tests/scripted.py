@@ -25,11 +25,11 @@ SCENARIO_BOUND: Final = 30.0
 """Seconds a scenario may take."""
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Runs the scenario on uvloop, bounded; asserts that no task and no socket is left."""
+def run(main: Coroutine[Any, Any, T], *, bound: float = SCENARIO_BOUND) -> T:
+    """Runs the scenario on uvloop, `bound` seconds at most; asserts that no task and no socket is left."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(SCENARIO_BOUND):
+        async with asyncio.timeout(bound):
             result = await main
         for _ in range(3):
             await asyncio.sleep(0)
