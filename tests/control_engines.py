@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import orjson
@@ -24,7 +24,10 @@ class ControlledEngine(ScriptedEngine):
         self.asleep: int | None = None
         self.weights: str = "start"
         self.label: str = "default"
-        self._go = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await self.listen()
+        return self
 
     def restart(self) -> None:
         """It is a new process from now on."""
@@ -33,12 +36,9 @@ class ControlledEngine(ScriptedEngine):
 
     async def _act(self, call: Call) -> None:
         path = urlsplit(call.path).path
-        if path == "/health":
-            await call.write(http(200, b""))
-            return
-        if path.startswith("/v1/"):
+        if path.startswith("/v1/") and path not in self.faults:
             self.completions += 1
-            while self.paused:
+            while self.paused:  # noqa: ASYNC110 -- tests set it from outside
                 await asyncio.sleep(0.002)
             await call.write(http(200, chat_body(self.weights)))
             return
@@ -50,10 +50,14 @@ class ControlledEngine(ScriptedEngine):
         query = {name: values[-1] for name, values in parse_qs(urlsplit(call.path).query).items()}
         answer = self.answer(call.method, path, query, call.json if call.body else {})
         status = 404 if answer is None else 200
-        await call.write(http(status, orjson.dumps(answer or {"error": {"message": "Not Found"}})))
+        await call.write(
+            http(status, orjson.dumps({"error": {"message": "Not Found"}} if answer is None else answer))
+        )
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         match path:
+            case "/health":
+                return {}
             case "/version":
                 return {"version": "0.32.0"}
             case "/pause":

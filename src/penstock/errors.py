@@ -15,6 +15,7 @@
     │   └── ServerFailed            any other 5xx
     ├── DeadlineExceeded            the time the caller gave a request is over
     ├── EngineError                 an engine could not start or died
+    │   └── StartFailed, EngineDied  with a diagnosis from its log; in penstock.servers.diagnosis
     ├── ControlFailed               a control call did not succeed everywhere; `outcomes` says where
     └── WriteFailed                 a journal or output could not be written; the run stops
 

@@ -356,5 +356,5 @@ def cost_of(count: int) -> float:
 
 def test_a_hundred_thousand_waiting_cost_linear_time() -> None:
     few = min(cost_of(10_000) for _ in range(3))
-    many = min(cost_of(100_000) for _ in range(2))
-    assert many < 25 * few, f"{few:.3f} s for 10,000, {many:.3f} s for 100,000"
+    many = min(cost_of(100_000) for _ in range(3))
+    assert many < 40 * few, f"{few:.3f} s for 10,000, {many:.3f} s for 100,000"

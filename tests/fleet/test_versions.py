@@ -39,7 +39,7 @@ class VersionRules(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def join(self, name: str) -> None:
-        if name not in self.real:
+        if name not in self.real and name not in self.committing:
             self.real[name] = Real()
             self.versions.join(name)
 

@@ -157,7 +157,7 @@ class Fleet:
         self.on_behind: Callable[[], None] = _nobody
         """Told when an endpoint has to be brought to the policy version."""
         self.on_returned: Callable[[Endpoint], None] = _nobody
-        """Told when an endpoint that was down is back."""
+        """Told when an endpoint that got no requests is back."""
         self._leaving: set[Endpoint] = set()
         self._monitor: Monitor | None = None
         self._task: asyncio.Task[None] | None = None
@@ -319,7 +319,7 @@ class Fleet:
             self.dispatch.refresh(endpoint)
 
     def returned(self, endpoint: Endpoint) -> None:
-        """It was down and is back: its process may be a new one, with the weights of its start."""
+        """It was down, or its breaker open, and is back: its process may be a new one, with old weights."""
         self.on_returned(endpoint)
         self.versions.returned(endpoint)
         self._show_version(endpoint)

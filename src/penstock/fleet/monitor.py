@@ -151,6 +151,7 @@ class Monitor:
         watch, health = self._watch(endpoint), endpoint.health
         wait = POLL
         if health.half_open(now):
+            self._fleet.returned(endpoint)
             self._fleet.dispatch.refresh(endpoint)
         elif health.state is State.OPEN:
             wait = health.until - now
