@@ -173,8 +173,8 @@ def may_continue(request: Request) -> bool:
 
 
 def count_tokens(partial: Partial) -> int:
-    """Tokens so far: exact with token ids, else as many as pieces came."""
-    return len(partial.token_ids) if partial.has_token_ids else partial.chunks
+    """Tokens so far: exact with token ids or where the engine counts them, else as many as pieces came."""
+    return len(partial.token_ids) if partial.has_token_ids else partial.counted
 
 
 def asked_tokens(request: Request) -> int | None:

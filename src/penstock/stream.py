@@ -10,10 +10,10 @@ It guarantees:
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import orjson
 
@@ -33,6 +33,7 @@ from penstock.errors import (
     ConfigError,
     ConnectionLost,
     PenstockError,
+    RequestRejected,
     ServerFailed,
     TransportError,
 )
@@ -47,6 +48,10 @@ from penstock.wire.openai import Origin, context_length, detokenized, encode, re
 from penstock.wire.openai_stream import DONE, Partial
 from penstock.wire.sse import EventParser
 
+TOKEN_IDS: Final = "return_token_ids"
+OK: Final = 200
+INVALID: Final = frozenset({400, 422})
+"""Statuses of a request with a field that the server does not take."""
 MAX_HALF: Final = 4
 """Tokens that may hold a character that is not whole."""
 HALF: Final = "\ufffd"
@@ -77,9 +82,13 @@ class SampleStream:
         restart: bool = False,
         deadline: float | None = None,
     ) -> None:
-        extra = {"stream": True, "stream_options": {"include_usage": True}}
-        if resume:
-            extra["return_token_ids"] = True
+        extra: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+        self._wants_ids = resume and not request.fields.get(TOKEN_IDS)
+        """Token ids are asked for to continue with, not by the caller."""
+        if resume:  # where there are no token ids, that tells how many there are
+            extra["stream_options"]["continuous_usage_stats"] = True
+        if self._wants_ids:
+            extra[TOKEN_IDS] = True
         self._fleet = fleet
         self._attempts = attempts
         self._request = Request(request.route, {**request.fields, **extra})
@@ -136,9 +145,7 @@ class SampleStream:
             stream: ByteStream | None = None
             try:
                 request = await self._next_request(endpoint)
-                head = self._head(endpoint, request.route)
-                stream = await endpoint.transport.stream(head, encode(request.fields))
-                await _check_status(stream)
+                stream = await self._send(endpoint, request)
                 parser = EventParser()
                 while not self._partial.cut and (data := await stream.read()):
                     for event in parser.feed(data):
@@ -163,16 +170,35 @@ class SampleStream:
             self._finish(endpoint)
             return
 
+    async def _send(self, endpoint: Endpoint, request: Request) -> ByteStream:
+        """The response to a request, which is a success. Raises TransportError or ResponseError.
+
+        SGLang refuses to stream token ids of a chat. Where only we wanted them, it is asked without.
+        """
+        head, fields = self._head(endpoint, request.route), request.fields
+        optional = self._wants_ids and endpoint.gives_token_ids
+        if self._wants_ids and not optional:
+            fields = _without_ids(fields)
+        stream = await endpoint.transport.stream(head, encode(fields))
+        try:
+            return await _checked(stream)
+        except RequestRejected as error:
+            if not optional or error.status not in INVALID:
+                raise
+            stream = await endpoint.transport.stream(head, encode(_without_ids(fields)))
+            if stream.status != OK:
+                stream.close()
+                raise
+            endpoint.gives_token_ids = False
+            return stream
+
     def _finish(self, endpoint: Endpoint) -> None:
         partial, attempts = self._partial, self._attempts
         count = count_tokens(partial)
         if partial.usage is None:
             partial.usage = Usage(len(partial.prompt_token_ids or ()), count)
         elif self._before:  # it is that of the last request: of what came before, it has counted the prompt
-            if not partial.has_token_ids:
-                count = self._before + partial.usage.completion_tokens
-            prompt = len(partial.prompt_token_ids or ()) or partial.usage.prompt_tokens - self._before
-            partial.usage = Usage(prompt, count)
+            partial.usage = Usage(len(partial.prompt_token_ids or ()) or partial.prompt_tokens, count)
         number, now = attempts.number, self._fleet.clock()
         attempts.succeeded(partial.usage.completion_tokens - self._before, now - self._began)
         self._sample = partial.sample(Origin(endpoint.name, number, now - self._started))
@@ -201,7 +227,7 @@ class SampleStream:
             request = await self._continuation(endpoint)
             if request is not None:
                 self._before = count_tokens(partial)
-                partial.usage = None
+                partial.begin_again(self._before)
                 return request
         if partial.chunks and not self._restart:
             raise _NoWay
@@ -258,20 +284,27 @@ class SampleStream:
     async def _detokenize(self, endpoint: Endpoint, tokens: list[int]) -> str | None:
         body = orjson.dumps({"model": self._request.fields.get("model"), "tokens": tokens})
         response = await ask(self._fleet, endpoint, endpoint.address.root + "/detokenize", body)
-        return detokenized(response.body) if response.status == 200 else None
+        return detokenized(response.body) if response.status == OK else None
 
     async def _context(self, endpoint: Endpoint) -> int | None:
         response = await ask(self._fleet, endpoint, endpoint.address.api + "/models")
-        if response.status != 200:
+        if response.status != OK:
             return None
         return context_length(response.body, self._request.fields.get("model"))
 
 
-async def _check_status(stream: ByteStream) -> None:
-    """Raises ResponseError unless the response is a success."""
-    if 200 <= stream.status < 300:
-        return
-    parts = []
-    while data := await stream.read():
-        parts.append(data)
+def _without_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != TOKEN_IDS}
+
+
+async def _checked(stream: ByteStream) -> ByteStream:
+    """The stream, if it is a success. Raises ResponseError, and closes it, if it is not."""
+    if stream.status == OK:
+        return stream
+    try:
+        parts = []
+        while data := await stream.read():
+            parts.append(data)
+    finally:
+        stream.close()
     raise response_error(Response(stream.status, stream.headers, b"".join(parts)))

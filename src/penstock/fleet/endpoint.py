@@ -32,6 +32,7 @@ class Endpoint:
         "behind_since",
         "current",
         "draining",
+        "gives_token_ids",
         "health",
         "heads",
         "in_flight",
@@ -73,6 +74,8 @@ class Endpoint:
         self.behind: PenstockError | None = None
         """Why it must first be brought to the fleet's policy version, where that is not under way."""
         self.behind_since = 0.0
+        self.gives_token_ids = True
+        """Its streams come with token ids when asked, as far as is known."""
         self.heads: dict[str, bytes] = {}
         """Request heads by route, made once."""
 

@@ -101,6 +101,10 @@ class Partial:
         self.usage: Usage | None = None
         self.model: str | None = None
         self.id: str | None = None
+        self.prompt_tokens = 0
+        """Without what was generated, as the engine counted them; 0: not known."""
+        self._tokens_before = 0
+        self._chunks_before = 0
         self.chunks = 0
         """Pieces with text so far: about the number of tokens, where these are not known."""
         self.has_token_ids = True
@@ -125,7 +129,21 @@ class Partial:
             self.prompt_token_ids = chunk.prompt_token_ids
         if chunk.usage is not None:
             self.usage = usage_of(chunk.usage)
+            if not self.prompt_tokens:  # a continuation has what came before in its prompt
+                self.prompt_tokens = self.usage.prompt_tokens - self._tokens_before
         return self._take(chunk.choices[0]) if chunk.choices and not self.cut else None
+
+    @property
+    def counted(self) -> int:
+        """Tokens so far, as the engine counts them, or else the pieces that came."""
+        own = self.usage.completion_tokens if self.usage is not None else self.chunks - self._chunks_before
+        return self._tokens_before + own
+
+    def begin_again(self, tokens: int) -> None:
+        """Another request goes on behind so many tokens; its usage is its own."""
+        self._tokens_before = tokens
+        self._chunks_before = self.chunks
+        self.usage = None
 
     def drop_last_token(self) -> None:
         """It is to be generated again, or lies behind the end."""
