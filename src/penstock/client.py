@@ -36,6 +36,7 @@ from penstock.wire.openai import (
     text_fields,
     text_samples,
     token_ids,
+    with_rid,
 )
 
 Messages = Sequence[Mapping[str, Any]]
@@ -269,7 +270,8 @@ class Client:
                 began = clock()
             try:
                 head = self._head(endpoint, route, attempts, given)
-                response = await endpoint.transport.request(head, body)
+                named = with_rid(body, attempts.request_id) if endpoint.takes_rid else body
+                response = await endpoint.transport.request(head, named)
                 if response.status != OK:
                     raise response_error(response)
                 now = clock()

@@ -179,6 +179,8 @@ class SampleStream:
         optional = self._wants_ids and endpoint.gives_token_ids
         if self._wants_ids and not optional:
             fields = _without_ids(fields)
+        if endpoint.takes_rid:
+            fields = {**fields, "rid": self._attempts.request_id}
         stream = await endpoint.transport.stream(head, encode(fields))
         try:
             return await _checked(stream)

@@ -509,3 +509,28 @@ def test_a_rejected_request_is_told_as_it_is() -> None:
             assert client.statistics().retries == 0
 
     run(main())
+
+
+def test_sglang_is_told_by_name_of_what_is_given_up() -> None:
+    """It is known by its metrics; a request carries its id in the body, and is aborted by that id."""
+    metrics = b"\nsglang:num_running_reqs 1.0\nsglang:num_queue_reqs 0.0\n"
+
+    async def main() -> None:
+        well = raw(http(200, b""))
+        quiet = {"/metrics": raw(http(200, metrics)), "/abort_request": well, "/health": well}
+        async with ScriptedEngine(default=stall(), side=quiet) as engine, Client(engine.url) as client:
+            first = asyncio.create_task(client.chat(HELLO))
+            await engine.arrived(1)
+            (endpoint,) = client.fleet.endpoints
+            await until(lambda: endpoint.takes_rid)
+            second = asyncio.create_task(client.chat(HELLO, request_id="mine"))
+            await engine.arrived(2)
+            assert engine.calls[1].json["rid"] == "mine"
+            for task in (first, second):
+                task.cancel()
+            await asyncio.gather(first, second, return_exceptions=True)
+            await until(lambda: len([c for c in engine.side_calls if c.path == "/abort_request"]) == 2)
+            aborts = {call.json["rid"] for call in engine.side_calls if call.path == "/abort_request"}
+            assert aborts == {engine.calls[0].headers["x-request-id"], "mine"}
+
+    run(main())

@@ -160,6 +160,8 @@ class Attempts:
         self.avoid = endpoint
         if not isinstance(error, PenstockError):
             fleet.dropped(endpoint, self.trial)
+            if endpoint.takes_rid:
+                fleet.lost(endpoint, self.request_id)
             return False
         # A pool that was closed because its endpoint left has sent nothing.
         decision = REFUSED if endpoint.draining and isinstance(error, ConfigError) else classify(error)

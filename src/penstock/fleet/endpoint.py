@@ -42,6 +42,7 @@ class Endpoint:
         "name",
         "policy_version",
         "saturated",
+        "takes_rid",
         "transport",
     )
 
@@ -76,6 +77,9 @@ class Endpoint:
         self.behind_since = 0.0
         self.gives_token_ids = True
         """Its streams come with token ids when asked, as far as is known."""
+        self.takes_rid = False
+        """It is SGLang: a request is named by its field `rid`, and one that is given up has to be aborted by
+        that name, for the server itself looks only every four seconds whether anybody still waits."""
         self.heads: dict[str, bytes] = {}
         """Request heads by route, made once."""
 

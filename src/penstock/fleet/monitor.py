@@ -52,6 +52,10 @@ MAX_MISSES: Final = 5
 """Answers without metrics after which an endpoint is taken to have none."""
 SUSPECT_PAUSE: Final = 1.0
 """Seconds between two questions to an endpoint whose requests fail."""
+SGLANG: Final = b"\nsglang:"
+"""What SGLang's metrics begin with."""
+MAX_ABORTS: Final = 32
+"""Requests aborted at a time, where each has to be named in a request of its own."""
 NOT_FOUND: Final = 404
 OK: Final = 200
 
@@ -236,7 +240,7 @@ class Monitor:
     def _watch(self, endpoint: Endpoint) -> Watch:
         watch = self._watches.get(endpoint)
         if watch is None:
-            wait = SLOW_POLL if endpoint.limiter is None else 0.0
+            wait = POLL if endpoint.limiter is None else 0.0
             watch = self._watches[endpoint] = Watch(self._fleet.settings.stall, self._clock() + wait)
         return watch
 
@@ -278,6 +282,7 @@ class Monitor:
             load = parse_load(response.body) if response.status == OK else None
             if load is not None:
                 watch.misses = 0
+                endpoint.takes_rid = SGLANG in response.body
             elif response.status in (OK, NOT_FOUND):
                 watch.misses += 1
         except PenstockError:
@@ -337,16 +342,22 @@ class Monitor:
 
     async def _abort(self, endpoint: Endpoint, watch: Watch) -> None:
         """Tells an engine of requests nobody waits for. vLLM puts the route's prefix before an id."""
-        orphans, watch.orphans = watch.orphans, []
+        count = MAX_ABORTS if endpoint.takes_rid else len(watch.orphans)
+        orphans, watch.orphans = watch.orphans[:count], watch.orphans[count:]
         names = [f"{prefix}{id}" for id in orphans for prefix in ("", "chatcmpl-", "cmpl-")]
-        body = orjson.dumps({"request_ids": names})
+        path, bodies = "/abort_requests", [orjson.dumps({"request_ids": names})]
+        if endpoint.takes_rid:
+            path, bodies = "/abort_request", [orjson.dumps({"rid": id}) for id in orphans]
         try:
-            response = await ask(self._fleet, endpoint, endpoint.address.root + "/abort_requests", body)
-            watch.can_abort = response.status != NOT_FOUND
+            path = endpoint.address.root + path
+            answers = await asyncio.gather(*(ask(self._fleet, endpoint, path, body) for body in bodies))
+            watch.can_abort = answers[-1].status != NOT_FOUND
         except PenstockError:
             pass
         finally:
             watch.aborting = False
+            if watch.orphans:
+                self._woken.set()
 
     def _down(self, endpoint: Endpoint, error: PenstockError) -> None:
         endpoint.health.refuse(error, self._clock())
