@@ -1,6 +1,8 @@
 """The stub server of the benchmarks: compiles stub.c and runs it.
 
-    python bench/stub.py [--port 0] [--latency-ms 0] [--chunks 50] [--chunk-ms 0]     prints its port, serves until its standard input ends
+    python bench/stub.py [--port 0] [--latency-ms 0] [--chunks 50] [--chunk-ms 0]
+
+It prints its port and serves until its standard input ends.
 
 It is written in C so that it costs less than any client: what is measured is who asks.
 """

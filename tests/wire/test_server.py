@@ -192,6 +192,26 @@ def test_a_failing_handler_is_a_500_and_the_connection_lives_on(caplog: pytest.L
     assert "handler failed on GET /bad" in caplog.text
 
 
+def test_a_response_that_is_broken_off_has_no_end() -> None:
+    gone: list[bool] = []
+
+    def handler(exchange: Exchange) -> None:
+        exchange.on_disconnect = lambda: gone.append(True)
+        exchange.start(200, "text/event-stream")
+        exchange.send(b"data: 1\n\n")
+        exchange.break_off()
+        exchange.send(b"nobody reads this")
+        exchange.break_off()
+        assert not exchange.disconnected
+
+    async def body(server: HttpServer, peer: Peer) -> None:
+        peer.writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert (await peer.closed()).endswith(b"9\r\ndata: 1\n\n\r\n")
+        assert gone == [] and server.in_flight == 0
+
+    scenario(handler, body)
+
+
 def test_two_responses_to_one_request_are_an_error() -> None:
     def handler(exchange: Exchange) -> None:
         with pytest.raises(RuntimeError):

@@ -32,6 +32,24 @@ class Outlet(Protocol):
 
     def exchange_ended(self, close: bool) -> None: ...
 
+    def exchange_broken(self) -> None:
+        """It will not be ended: the connection closes once what was written has been sent."""
+        ...
+
+
+class Accepted(Protocol):
+    """What the server asks of an accepted connection."""
+
+    def retire(self) -> None:
+        """Close now, or as soon as the response in flight has ended."""
+        ...
+
+    def abort(self) -> None: ...
+
+    def sweep(self, now: float) -> None:
+        """Close if the present state has lasted too long."""
+        ...
+
 
 class Request:
     """One complete request. Header names are lower-case; of a repeated header the last one counts."""
@@ -139,6 +157,15 @@ class Exchange:
         if framing.chunked and not framing.silent:
             connection.write(b"0\r\n\r\n")
         self._finish(connection, framing.close)
+
+    def break_off(self) -> None:
+        """Gives up a response begun by `start`: the connection closes without its end."""
+        connection = self._connection
+        if connection is not None:
+            self._ended = True
+            self._connection = None
+            self.on_disconnect = None
+            connection.exchange_broken()
 
     def _open(self) -> Outlet | None:
         if self._ended or self._framing is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
@@ -25,7 +26,7 @@ from urllib.parse import unquote
 import httptools
 
 from penstock.errors import ConfigError
-from penstock.wire.exchange import Exchange, Request, error_body, response_head
+from penstock.wire.exchange import Accepted, Exchange, Request, error_body, response_head
 
 __all__ = ["Exchange", "Handler", "HttpServer", "Request", "error_body"]
 
@@ -262,6 +263,11 @@ class Connection(asyncio.Protocol):
         elif not self._advancing and (self._queue or self._refusal is not None):
             self._advance()
 
+    def exchange_broken(self) -> None:
+        self._exchange = None
+        self._server.in_flight -= 1
+        self._close()
+
     def _advance(self) -> None:
         """Hands over queued requests while each is answered at once; then the refusal, if there is one."""
         self._advancing = True
@@ -368,6 +374,9 @@ class HttpServer:
 
     keep_alive: seconds an idle connection is kept. request_timeout: seconds from the first byte of a request
     to its last (then 408), and from accept to the first byte (then closed). max_body: bytes (then 413).
+    ssl_context: speaks TLS. reuse_port: other processes listen on the same port. protocol: makes
+    the asyncio.Protocol of an accepted connection in place of `Connection`: an `Accepted` that tells `opened`
+    and `lost` and keeps `in_flight`.
     """
 
     def __init__(
@@ -380,6 +389,9 @@ class HttpServer:
         keep_alive: float = 5.0,
         request_timeout: float = 60.0,
         backlog: int = 4096,
+        ssl_context: ssl.SSLContext | None = None,
+        reuse_port: bool = False,
+        protocol: Callable[[HttpServer], asyncio.Protocol] | None = None,
     ) -> None:
         self.handler = handler
         self.host = host
@@ -391,7 +403,10 @@ class HttpServer:
         self.in_flight = 0
         """Exchanges handed to the handler and not yet ended."""
         self._backlog = backlog
-        self._connections: dict[Connection, None] = {}
+        self._ssl = ssl_context
+        self._reuse_port = reuse_port
+        self._protocol = protocol or Connection
+        self._connections: dict[Accepted, None] = {}
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._empty: asyncio.Future[None] | None = None
@@ -423,7 +438,12 @@ class HttpServer:
         self.clock = loop.time
         try:
             self._server = await loop.create_server(
-                lambda: Connection(self), self.host, self.port, backlog=self._backlog
+                lambda: self._protocol(self),
+                self.host,
+                self.port,
+                backlog=self._backlog,
+                ssl=self._ssl,
+                reuse_port=self._reuse_port or None,
             )
         except OSError as error:
             reason = error.strerror or str(error)
@@ -440,12 +460,16 @@ class HttpServer:
         for connection in list(self._connections):
             connection.retire()
         await self._emptied(grace)
-        for connection in list(self._connections):
-            connection.abort()
+        self.abort()
         await self._emptied(LINGER)
         if self._sweeper is not None:
             self._sweeper.cancel()
         await server.wait_closed()
+
+    def abort(self) -> None:
+        """Cuts off every connection."""
+        for connection in list(self._connections):
+            connection.abort()
 
     async def _emptied(self, timeout: float) -> None:
         if not self._connections:
@@ -453,12 +477,12 @@ class HttpServer:
         self._empty = asyncio.get_running_loop().create_future()
         await asyncio.wait([self._empty], timeout=timeout)
 
-    def opened(self, connection: Connection) -> None:
+    def opened(self, connection: Accepted) -> None:
         self._connections[connection] = None
         if self._server is None:
             connection.retire()
 
-    def lost(self, connection: Connection) -> None:
+    def lost(self, connection: Accepted) -> None:
         self._connections.pop(connection, None)
         if not self._connections and self._empty is not None and not self._empty.done():
             self._empty.set_result(None)

@@ -1,0 +1,210 @@
+"""The life of a router process: listen, say so, relay until told to stop, drain.
+
+`launch_router` prints one line to standard output when requests can be sent, and returns the exit status.
+After SIGTERM or SIGINT nothing new is accepted and /readiness says so; what is in flight may end within
+`shutdown_grace_period_secs`; then, or at a second signal, it is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from penstock.control.control import Control
+from penstock.errors import ConfigError, PenstockError
+from penstock.router.access_log import AccessLogFile
+from penstock.router.admin import Admin
+from penstock.router.args import RouterArgs
+from penstock.router.inlet import Inlet
+from penstock.router.metrics import CONTENT_TYPE, exposition
+from penstock.router.router import Router
+from penstock.wire.exchange import Exchange, error_body
+from penstock.wire.loop import run
+from penstock.wire.server import HttpServer
+
+FILE_TICK: Final = 1.0
+"""Seconds between two looks at the worker file."""
+KEEP_ALIVE: Final = 75.0
+"""Seconds an idle client connection is kept."""
+SLOW_HEAD: Final = 20.0
+"""Seconds a client may take to send the head of a request, and to begin its first one."""
+
+logger = logging.getLogger(__name__)
+
+
+def launch_router(args: RouterArgs) -> int:
+    """Relay until told to stop; the exit status. Raises ConfigError when it cannot start."""
+    args.check()
+    return run(_serve(args))
+
+
+async def _serve(args: RouterArgs) -> int:
+    stop = _Stop()
+    async with serving(args) as server:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        scheme = "https" if args.tls_cert_path is not None else "http"
+        print(f"penstock router ready on {scheme}://{host}:{server.port}", flush=True)  # noqa: T201
+        await stop.wished
+        server.router.draining = True
+        closing = asyncio.ensure_future(server.listener.close(args.shutdown_grace_period_secs))
+        await asyncio.wait((closing, stop.hurried), return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():
+            server.listener.abort()
+        await closing
+    return 0
+
+
+class RouterServer:
+    """A router and what it listens with."""
+
+    def __init__(self, router: Router, listener: HttpServer) -> None:
+        self.router = router
+        self.listener = listener
+
+    @property
+    def port(self) -> int:
+        return self.listener.port
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.listener.host}:{self.listener.port}"
+
+
+@asynccontextmanager
+async def serving(args: RouterArgs) -> AsyncIterator[RouterServer]:
+    """A router that listens; for use in an event loop of the caller's. Raises ConfigError."""
+    async with AsyncExitStack() as stack:
+        router = await stack.enter_async_context(Router(args))
+        control = await stack.enter_async_context(Control(router.fleet))
+        if args.access_log is not None:
+            router.access_log = stack.enter_context(AccessLogFile(args.access_log, router))
+        if args.worker_file is not None:
+            watch = WorkerFile(args.worker_file, router)
+            watch.look()
+            router.spawn(watch.run())
+        tls = _listening_context(args)
+        listener = HttpServer(
+            lambda exchange: admin.handle(exchange),
+            args.host,
+            args.port,
+            max_body=args.max_payload_size,
+            keep_alive=KEEP_ALIVE,
+            request_timeout=SLOW_HEAD,
+            ssl_context=tls,
+            protocol=lambda server: Inlet(server, router),
+        )
+
+        def in_flight() -> int:
+            return listener.in_flight
+
+        admin = Admin(router, control, in_flight, shared=args.admin_port is None)
+        if args.admin_port is not None:
+            handler = Guarded(router, Admin(router, control, in_flight))
+            await stack.enter_async_context(
+                HttpServer(handler, args.admin_host, args.admin_port, ssl_context=tls)
+            )
+        if args.prometheus_port is not None:
+            metrics = HttpServer(
+                lambda exchange: _metrics(exchange, router, listener),
+                args.prometheus_host,
+                args.prometheus_port,
+            )
+            await stack.enter_async_context(metrics)
+        await stack.enter_async_context(listener)
+        yield RouterServer(router, listener)
+
+
+class Guarded:
+    """A handler behind the admin key."""
+
+    def __init__(self, router: Router, admin: Admin) -> None:
+        self._router = router
+        self._admin = admin
+
+    def __call__(self, exchange: Exchange) -> None:
+        request = exchange.request
+        if self._router.admits_admin(request.headers.get("authorization", "")):
+            self._admin.handle(exchange)
+        else:
+            exchange.respond(401, error_body(401, "a valid admin API key is needed"))
+
+
+class WorkerFile:
+    """A file of worker URLs, a line each; empty lines and those after # do not count."""
+
+    def __init__(self, path: Path, router: Router) -> None:
+        self._path = path
+        self._router = router
+        self._seen: bytes | None = None
+        self._listed: set[str] = set()
+
+    def look(self) -> None:
+        """Adds and drains what has changed. Raises ConfigError for a file that cannot be read."""
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"the worker file {self._path} cannot be read: {error.strerror}") from error
+        if content == self._seen:
+            return
+        lines = (line.partition("#")[0].strip() for line in content.decode("utf-8", "replace").splitlines())
+        listed = {line for line in lines if line}
+        self._seen = content
+        for url in sorted(listed - self._listed):
+            self._router.add(url)
+            self._listed.add(url)
+        for url in self._listed - listed:
+            self._listed.discard(url)
+            self._router.spawn(self._router.leave(url, None))
+
+    async def run(self) -> None:
+        """Looks for ever. What cannot be used is told, and the rest stays as it was."""
+        while True:
+            await asyncio.sleep(FILE_TICK)
+            try:
+                self.look()
+            except PenstockError as error:
+                logger.warning("%s", error)
+
+
+class _Stop:
+    """The first signal is a wish to stop, the second one a hurry."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.wished: asyncio.Future[None] = loop.create_future()
+        self.hurried: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._wish)
+
+    def _wish(self) -> None:
+        for future in (self.wished, self.hurried):
+            if not future.done():
+                future.set_result(None)
+                return
+
+
+def _metrics(exchange: Exchange, router: Router, listener: HttpServer) -> None:
+    if exchange.request.path == "/metrics":
+        exchange.respond(200, exposition(router, listener.in_flight), CONTENT_TYPE)
+    else:
+        exchange.respond(404, error_body(404, "there is only /metrics here"))
+
+
+def _listening_context(args: RouterArgs) -> ssl.SSLContext | None:
+    """Raises ConfigError when the certificate cannot be used."""
+    if args.tls_cert_path is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(args.tls_cert_path, args.tls_key_path, lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"the TLS certificate {args.tls_cert_path} cannot be used: {error}") from error
+    return context
