@@ -18,7 +18,8 @@ test-slow: .venv/.dev
 soak: .venv/.dev
 	$(BIN)/python -m pytest -m soak
 
-# Real engines: PENSTOCK_VLLM_PYTHON and PENSTOCK_SGLANG_PYTHON name the interpreters that have them. See docs/servers.md.
+# Real engines: PENSTOCK_VLLM_PYTHON and PENSTOCK_SGLANG_PYTHON name the interpreters that have them;
+# scripts/install_engines.sh FOLDER makes some. See docs/servers.md.
 test-engines: .venv/.dev
 	$(BIN)/python -m pytest -m engines -rs tests/engines
 

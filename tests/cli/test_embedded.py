@@ -40,7 +40,7 @@ def engines_of(session: int) -> list[int]:
         parents[int(status.parent.name)] = int(fields[1])
         if b"penstock.engine" in words:
             engines.append(int(status.parent.name))
-    return [engine for engine in engines if parents.get(parents[engine]) == session]
+    return [engine for engine in engines if parents.get(parents.get(engine, 0)) == session]
 
 
 @contextmanager
@@ -89,20 +89,38 @@ def test_traces_with_reasoning_from_the_shipped_model(tmp_path: Path) -> None:
     } == texts
 
 
-def test_an_engine_that_dies_stops_the_job_at_once_and_loses_nothing(tmp_path: Path) -> None:
+def kill_once_written(process: subprocess.Popen[str], out: Path) -> None:
+    """Kills an engine as soon as the job has written a row."""
+    engine = wait_for_engine(process)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(engine, signal.SIGKILL)
+
+
+def test_an_engine_that_dies_is_restarted_and_the_job_goes_on(tmp_path: Path) -> None:
     source, out = write_problems(tmp_path / "in.jsonl", 300), tmp_path / "out.jsonl"
-    words = command(source, out, "--max-concurrent", "16", "--temperature", "0")
+    words = command(source, out, "--max-concurrent", "16", "--max-tokens", "64", "--engine-args", "threads=1")
     with job(words) as process:
-        engine = wait_for_engine(process)
-        deadline = time.monotonic() + 60
-        while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(engine, signal.SIGKILL)
+        kill_once_written(process, out)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert "The engine died (exit -9)" in said and "Restart 1 in 1 s." in said
+    assert "ready again, restart 1" in said
+    assert len(out.read_bytes().splitlines()) == 300
+    assert engines_of(process.pid) == []
+
+
+def test_an_engine_that_may_not_be_restarted_stops_the_job_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    source, out = write_problems(tmp_path / "in.jsonl", 300), tmp_path / "out.jsonl"
+    words = command(source, out, "--max-concurrent", "16", "--max-tokens", "64", "--max-restarts", "0")
+    with job(words) as process:
+        kill_once_written(process, out)
         killed = time.monotonic()
         _, said = process.communicate(timeout=20)
         assert time.monotonic() - killed < 10
     assert process.returncode == 1
-    assert "The engine died (exit -9)" in said
+    assert "penstock: The engine died (exit -9)" in said
     assert "run the same command again" in said
     assert subprocess.run(words, capture_output=True, timeout=120, check=False).returncode == 0
     assert len(out.read_bytes().splitlines()) == 300

@@ -145,7 +145,7 @@ def test_open_r1_names_and_templates_and_api_addr(source: Path, tmp_path: Path) 
 
 BAD = {
     "no input": (["none.jsonl", "--base-url", "URL"], "There is no input file none.jsonl."),
-    "no engine named": (["in.jsonl"], "either --engine embedded, or --base-url"),
+    "no engine named": (["in.jsonl"], "--engine vllm, sglang or embedded, or --base-url"),
     "not JSON": (["torn.jsonl", "--base-url", "URL"], "torn.jsonl line 2 is not JSON"),
     "no such column": (["in.jsonl", "--prompt-column", "Q", "--base-url", "URL"], "did you mean 'q'"),
     "id twice": (

@@ -155,17 +155,6 @@ def test_failed_step_ends_the_process(checkpoint: Path) -> None:
         assert "out of luck" in err
 
 
-def test_engine_ends_with_its_parent(checkpoint: Path) -> None:
-    """The parent is killed; the engine's standard output, which both have open, then comes to its end."""
-    starter = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
-    arguments = [sys.executable, "-c", starter, *command(checkpoint, "--exit-with-parent")]
-    with process(arguments) as parent:
-        port_of(parent)
-        parent.kill()
-        out, _ = parent.communicate(timeout=TIMEOUT)
-        assert out == ""
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

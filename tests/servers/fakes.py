@@ -34,10 +34,11 @@ class FakeServer(LaunchedServer):
         port: int = 0,
         env: Mapping[str, str] | None = None,
         api_key: str | None = None,
+        spec: ServerSpec | None = None,
         **behaviour: Any,
     ) -> None:
         self.behaviour = behaviour
-        spec = ServerSpec(
+        spec = spec or ServerSpec(
             model="fake", name="fake", port=port, env={TAG: tag, **(env or {})}, api_key=api_key
         )
         super().__init__(spec, life)

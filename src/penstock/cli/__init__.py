@@ -16,7 +16,10 @@ from penstock.errors import ConfigError, PenstockError
 
 COMMANDS = {
     "generate": "reasoning traces for a dataset: JSONL in, JSONL out, resumable",
+    "serve": "start engines, watch and restart them, with the router in front if asked for",
+    "route": "one address for many engines: relays, balances, retries",
     "engine": "serve a checkpoint folder with the embedded engine, behind the OpenAI API",
+    "doctor": "look at this machine: limits, ports, memory, GPUs, versions; says what to change",
     "demo": "a small dataset through the embedded engine with the shipped model, and its answers checked",
 }
 

@@ -17,21 +17,28 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from penstock.batch.job import Job, JobSettings
-from penstock.batch.progress import watch
+from penstock.batch.progress import Progress, watch
 from penstock.batch.report import how_to_go_on, print_report
+from penstock.cli.launching import Display, LaunchArgs
 from penstock.client import Client
 from penstock.errors import ConfigError, PenstockError, ResponseError, TransportError
 from penstock.fleet.fleet import FleetOptions
-from penstock.models import ARITHMETIC
+from penstock.fleet.monitor import OnOutage
+from penstock.fleet.retry import Retry
 from penstock.prompt import JsonlInput, PromptFormat, Survey, Template
 from penstock.sample import SamplingParams
-from penstock.servers.embedded import EmbeddedServer
+from penstock.servers.replicas import launch
+from penstock.servers.spec import ServerSpec
 from penstock.wire.limits import check_local_ports, check_open_files
 from penstock.wire.loop import run
 from penstock.wire.tls import TLS
 
 NO_MODEL_LIST = 404
 """Status of a server that does not list its models; the name given is then taken on trust."""
+
+RESTART_LIMIT = 3600.0
+"""Seconds rows wait for engines that are restarted: as long as a start may take. Engines that cannot be
+restarted end the job before."""
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM: the shell's convention for SIGINT."""
@@ -64,13 +71,13 @@ class GenerateArgs:
     concurrency: Literal["adaptive", "fixed"] = "adaptive"
     """adaptive: as many in flight per server as its engine can use, found from its metrics or its throughput;
     fixed: --max-concurrent."""
-    engine: Literal["embedded"] | None = None
-    """Start this engine for the job and stop it afterwards; or give --base-url."""
-    engine_args: tuple[str, ...] = ()
-    """Flags for the engine that is started, without their dashes: --engine-args threads=2 max-num-seqs=64."""
+    engine: Literal["vllm", "sglang", "embedded", "endpoint"] | None = None
+    """Start this engine for the job and stop it afterwards; endpoint, the default with --base-url: use
+    servers that run already."""
+    launch: OmitArgPrefixes[LaunchArgs] = field(default_factory=LaunchArgs)
     model: str | None = None
-    """A checkpoint folder for --engine embedded (default: the shipped model); else the served model's name
-    (default: the only one there is)."""
+    """A checkpoint folder or a hub's id for an engine that is started (embedded: a folder, default the
+    shipped model); else the served model's name (default: the only one there is)."""
     base_url: tuple[str, ...] = ()
     """Base URLs of running OpenAI-compatible servers, with or without /v1."""
     api_addr: tuple[str, ...] = ()
@@ -105,9 +112,10 @@ def main(argv: list[str]) -> int:
 async def _generate(args: GenerateArgs, source: JsonlInput, survey: Survey, form: PromptFormat) -> int:
     console = Console(stderr=True)
     with terminated_as_interrupted():
+        spec = _spec(args)
         settings = JobSettings(
             out=args.out,
-            model=await _model_name(args),
+            model=await _served(args) if spec is None else spec.name,
             form=form,
             params=args.sampling,
             num_generations=args.num_generations,
@@ -115,29 +123,64 @@ async def _generate(args: GenerateArgs, source: JsonlInput, survey: Survey, form
             retry_failed=args.retry_failed,
         )
         with Job(source, survey, settings) as job:
-            async with _engine(args, console) as urls:
-                return await run_job(job, urls, _options(args), console)
+            _tell_repairs(job, console)
+            async with _client(args, spec, job, console) as client:
+                return await run_job(job, client, console)
 
 
-async def run_job(job: Job, urls: Sequence[str], options: FleetOptions, console: Console) -> int:
-    """Run `job` against `urls`, show its progress and its report; returns the exit status."""
+@asynccontextmanager
+async def _client(
+    args: GenerateArgs, spec: ServerSpec | None, job: Job, console: Console
+) -> AsyncIterator[Client]:
+    """Of the engines that are started here, or of those that run already."""
+    options = _options(args)
+    options["on_outage"] = _notice(job.progress)
+    if spec is None:
+        async with Client(_urls(args), model=job.settings.model, **options) as client:
+            yield client
+        return
+    given = args.launch
+    display = Display(console, spec, given.replicas)
+    async with AsyncExitStack() as stack:
+        with display.starting():
+            launched = await stack.enter_async_context(
+                launch(
+                    spec,
+                    replicas=given.replicas,
+                    devices=given.dealt,
+                    ready=1,
+                    restart=given.restart,
+                    on_change=display.on_change,
+                    retry=Retry(outage=RESTART_LIMIT),
+                    **options,
+                )
+            )
+        yield await stack.enter_async_context(launched.client())
+
+
+def _tell_repairs(job: Job, console: Console) -> None:
     if job.repaired:
         console.print(
             f"{job.settings.out}: {job.repaired:,} bytes at its end were not whole and are written again."
         )
     if damaged := job.journal.state.damaged:
         console.print(f"{job.journal.path}: {damaged:,} damaged lines; what they held is done again.")
-    progress = job.progress
-    started = monotonic()
 
+
+def _notice(progress: Progress) -> OnOutage:
     def on_outage(seconds: float, error: PenstockError | None) -> None:
         progress.notice = f"no engine has answered for {seconds:.0f} s: {error}" if error else ""
 
+    return on_outage
+
+
+async def run_job(job: Job, client: Client, console: Console) -> int:
+    """Run `job` with an open client, show its progress and its report; returns the exit status."""
+    progress = job.progress
+    started = monotonic()
     try:
-        options = {**options, "on_outage": on_outage}
-        async with Client(urls, model=job.settings.model, **options) as client:
-            with watch(progress, console):
-                await job.run(client)
+        with watch(progress, console):
+            await job.run(client)
     finally:
         accounting = job.accounting()
         print_report(console, job.settings, accounting, progress, monotonic() - started)
@@ -149,10 +192,12 @@ async def run_job(job: Job, urls: Sequence[str], options: FleetOptions, console:
 def _check(args: GenerateArgs) -> None:
     if args.num_generations < 1 or args.max_concurrent < 1:
         raise ConfigError("--num-generations and --max-concurrent must be at least 1.")
-    if bool(args.engine) == bool(args.base_url or args.api_addr):
+    if _launches(args) == bool(_urls(args)):
         raise ConfigError(
-            "Say where to generate: either --engine embedded, or --base-url URL (or --api-addr)."
+            "Say where to generate: --engine vllm, sglang or embedded, or --base-url URL (or --api-addr)."
         )
+    if not _launches(args) and (given := args.launch.changed()):
+        raise ConfigError(f"{given[0]} is for an engine that is started: --base-url names one that runs.")
     check_open_files(args.max_concurrent, raised=True)
     if not args.source_addresses:
         check_local_ports(args.max_concurrent)
@@ -167,8 +212,20 @@ def _prompt_format(args: GenerateArgs) -> PromptFormat:
     )
 
 
+def _launches(args: GenerateArgs) -> bool:
+    """Whether engines are started here."""
+    return args.engine not in (None, "endpoint")
+
+
+def _spec(args: GenerateArgs) -> ServerSpec | None:
+    """What to start; None: nothing."""
+    if args.engine is None or not _launches(args):
+        return None
+    return args.launch.spec(args.engine, args.model, api_key=args.api_key)
+
+
 def _api_key(args: GenerateArgs) -> str | None:
-    return args.api_key or (None if args.engine else os.environ.get("OPENAI_API_KEY"))
+    return args.api_key or (None if _launches(args) else os.environ.get("OPENAI_API_KEY"))
 
 
 def _options(args: GenerateArgs) -> FleetOptions:
@@ -193,28 +250,8 @@ def _urls(args: GenerateArgs) -> list[str]:
     return [*args.base_url, *(f"http://{address}" for address in args.api_addr)]
 
 
-def _checkpoint(args: GenerateArgs) -> Path:
-    return ARITHMETIC if args.model is None else Path(args.model)
-
-
-async def _model_name(args: GenerateArgs) -> str:
-    if args.engine is not None:
-        return _checkpoint(args).resolve().name
+async def _served(args: GenerateArgs) -> str:
     return await served_model(_urls(args), args.model, _api_key(args), _tls(args))
-
-
-@asynccontextmanager
-async def _engine(args: GenerateArgs, console: Console) -> AsyncIterator[list[str]]:
-    """Base URLs: of the engine that is started here, or of those that run already."""
-    if args.engine is None:
-        yield _urls(args)
-        return
-    folder = _checkpoint(args)
-    flags = [f"--{word}" for word in args.engine_args]
-    async with AsyncExitStack() as stack:
-        with console.status(f"starting the embedded engine on {folder.name}"):
-            server = await stack.enter_async_context(EmbeddedServer(folder, flags))
-        yield [server.base_url]
 
 
 async def served_model(

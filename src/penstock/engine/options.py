@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Final
-
-PARENT: Final = os.getppid()
-"""The process that started this one, looked up before the seconds that the heavy imports take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +21,6 @@ class ServerOptions:
     """Seconds that requests in flight have to finish after SIGTERM or SIGINT."""
     enable_prompt_tokens_details: bool = False
     """Say in `usage` how many prompt tokens came from the prefix cache."""
-    exit_with_parent: bool = False
-    """Stop when the process that started this one has ended."""
 
     def api_keys(self) -> tuple[str, ...]:
         """The keys given, else the environment's; a key on the command line can be seen by other users."""

@@ -17,16 +17,13 @@ from typing import Final
 from penstock.engine.app import EngineApp
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import LLMEngine
-from penstock.engine.options import PARENT, ServerOptions
+from penstock.engine.options import ServerOptions
 from penstock.wire.loop import run
 from penstock.wire.server import HttpServer
 
 SWITCH_INTERVAL: Final = 0.0005
 """Seconds the loop's thread may keep the interpreter lock from the engine's thread, and the other way round.
 Steps of a small model take a few milliseconds; with the default of 5 ms they double."""
-
-PARENT_CHECK: Final = 0.5
-"""Seconds between two looks at whether the parent process is still there."""
 
 ERROR_GRACE: Final = 1.0
 """Seconds in which clients whose requests failed can read their errors before the process ends."""
@@ -53,8 +50,6 @@ async def _serve(app: EngineApp, options: ServerOptions) -> int:
     await server.start()
     app.engine.start()
     stop = _Stop()
-    if options.exit_with_parent:
-        stop.watch_parent()
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"penstock engine ready on http://{host}:{server.port}", flush=True)  # noqa: T201
     await asyncio.wait((stop.wished, app.engine.dead), return_when=asyncio.FIRST_COMPLETED)
@@ -83,11 +78,3 @@ class _Stop:
             if not future.done():
                 future.set_result(None)
                 return
-
-    def watch_parent(self) -> None:
-        """Stops at once when the process that started this one has ended."""
-        if os.getppid() == PARENT:
-            asyncio.get_running_loop().call_later(PARENT_CHECK, self.watch_parent)
-            return
-        self.wish()
-        self.wish()

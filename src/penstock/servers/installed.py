@@ -14,7 +14,6 @@ from penstock.servers.machine import gpu_names
 from penstock.servers.nodes import Nodes
 from penstock.servers.spec import ServerSpec, Value, flags, served_name
 
-
 _OF_SPEC: Final = (
     *("tp", "dp", "pp", "max_model_len", "extra_args", "env", "name", "host", "port"),
     *("api_key", "python", "nodes"),

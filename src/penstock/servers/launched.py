@@ -114,6 +114,8 @@ class LaunchedServer(Server):
         """Lines of the log since the server was started, or since it is ready."""
         self._lost: Diagnosis | None = None
         """What the log says that the engine cannot go on after."""
+        self.ended = asyncio.Event()
+        """Set as soon as the engine is known to be dead; `died` follows once nothing of it is left."""
         self._alarm = asyncio.Event()
         """Set by a log line that says something: ready, or lost."""
 
@@ -138,6 +140,7 @@ class LaunchedServer(Server):
             raise ConfigError("The server is already started: make one for each block.")
         self._block = asyncio.current_task()
         self._cancelled, self._lost = False, None
+        self.ended.clear()
         try:
             await self._start()
         except BaseException:
@@ -210,7 +213,8 @@ class LaunchedServer(Server):
 
     def _open_log(self, spec: ServerSpec) -> LogFile | None:
         folder = self.life.log_folder or default_folder()
-        name = f"{self.kind}-{time.strftime('%Y%m%d-%H%M%S')}-{spec.port}.log"
+        # The folder may be shared by several machines.
+        name = f"{self.kind}-{time.strftime('%Y%m%d-%H%M%S')}-{spec.port}-{os.getpid()}.log"
         try:
             file = LogFile(folder / name)
             prune(folder, self.kind)
@@ -308,6 +312,7 @@ class LaunchedServer(Server):
                     await asyncio.wait([process.exited], timeout=LAST_WORDS)
                     break
                 self._lost = None
+        self.ended.set()
         status = process.exited.result() if process.exited.done() else None
         how = f" ({ending(status)})" if process.exited.done() else ": its server answers no longer"
         note = await self._clear(process, 0.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Final, Self
 
 from penstock.errors import ConfigError
@@ -88,15 +89,15 @@ class Nodes:
         rank: int | None = None,
         port: int = INIT_PORT,
     ) -> Self:
-        """Nodes by a list, which may use Slurm's brackets. here: names and addresses of this machine, of which
-        exactly one has to be in the list when no rank is given. Raises ConfigError."""
+        """Nodes by a list, which may use Slurm's brackets. here: names and addresses of this machine; when
+        no rank is given, exactly one of the hosts has to be among them. Raises ConfigError."""
         listed = tuple(host for item in hosts for host in expand(item))
         if rank is None:
             own = {name for given in here for name in (given, given.partition(".")[0])}
             found = [place for place, host in enumerate(listed) if own & {host, host.partition(".")[0]}]
             if len(found) != 1:
                 many = "several of" if found else "none of"
-                raise ConfigError(f"This machine is {many} {', '.join(listed)}: say which with the node rank.")
+                raise ConfigError(f"This machine is {many} {', '.join(listed)}: give its node rank.")
             rank = found[0]
         return cls(hosts=listed, rank=rank, port=port)
 
@@ -109,12 +110,21 @@ def expand(nodelist: str) -> tuple[str, ...]:
     hosts: list[str] = []
     for part in _split(nodelist, nodelist):
         for host in _combined(part, nodelist):
-            if not _HOST.match(host) and ":" not in host:
+            if not _HOST.match(host) and not is_address(host):
                 raise ConfigError(f"{nodelist!r} is no list of hosts: {host!r} is no name.")
             hosts.append(host)
             if len(hosts) > MAX_HOSTS:
                 raise ConfigError(f"{nodelist!r} names more than {MAX_HOSTS:,} hosts.")
     return tuple(hosts)
+
+
+def is_address(host: str) -> bool:
+    """Whether it is an IP address, not a name."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(text: str, whole: str) -> Iterator[str]:

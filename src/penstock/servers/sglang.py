@@ -54,7 +54,8 @@ def command(spec: ServerSpec, python: str) -> list[str]:
         words += ["--context-length", str(spec.max_model_len)]
     if spec.nodes is not None:
         nodes = spec.nodes
-        words += ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank), "--dist-init-addr", nodes.head]
+        words += ["--nnodes", str(nodes.count), "--node-rank", str(nodes.rank)]
+        words += ["--dist-init-addr", nodes.head]
     if spec.api_key is not None:
         words += ["--api-key", spec.api_key]
     return words + flags(spec.extra_args, taken=TAKEN, negative=None)

@@ -69,7 +69,7 @@ class ServerSpec:
         for name, value in self.env.items():
             if not isinstance(value, str):
                 raise ConfigError(f"The environment variable {name} must be text, not {value!r}.")
-        if self.model.startswith(("/", "./", "../", "~")) and not Path(self.model).expanduser().exists():
+        if _is_path(self.model) and not Path(self.model).expanduser().exists():
             raise ConfigError(f"There is no model at {self.model}.")
 
     @property
@@ -89,6 +89,11 @@ class ServerSpec:
     def base_url(self) -> str:
         host = f"[{self.reached_at}]" if ":" in self.reached_at else self.reached_at
         return f"http://{host}:{self.port}"
+
+
+def _is_path(model: str) -> bool:
+    """Whether it can only be meant as a path: a hub's id is NAME or OWNER/NAME."""
+    return model.startswith(("/", "./", "../", "~")) or model.count("/") > 1
 
 
 def served_name(model: str | Path, name: str | None) -> str:

@@ -66,7 +66,9 @@ class VLLMServer(InstalledServer):
     _ray: RayNode | None = None
 
     def _environment(self, spec: ServerSpec) -> dict[str, str]:
-        key = {} if spec.api_key is None else {"VLLM_API_KEY": spec.api_key}
+        # "": no key is needed, whatever the environment of this process says.
+        asked = spec.api_key or spec.env.get("VLLM_API_KEY", "")
+        key = {"VLLM_API_KEY": asked}
         nodes = spec.nodes
         ray = {} if nodes is None else {"RAY_ADDRESS": nodes.ray_address or nodes.head}
         return {**super()._environment(spec), **key, **ray}
