@@ -279,7 +279,12 @@ class ScriptedEngine:
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def end(_: object) -> None:  # a task that is cancelled before its first step runs no `finally`
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+        task.add_done_callback(end)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.accepted += 1
@@ -299,7 +304,6 @@ class ScriptedEngine:
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
-            writer.transport.abort()
             self.open -= 1
 
     async def _perform(self, step: Step, call: Call, reader: asyncio.StreamReader) -> None:

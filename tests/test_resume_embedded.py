@@ -60,7 +60,12 @@ class CuttingProxy:
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(self._serve(reader, writer))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+
+        def end(_: object) -> None:  # a task that is cancelled before its first step runs no `finally`
+            self._tasks.discard(task)
+            writer.transport.abort()
+
+        task.add_done_callback(end)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up, down = await asyncio.open_connection("127.0.0.1", self._target)
@@ -91,8 +96,7 @@ class CuttingProxy:
             for task in work:
                 task.cancel()
             await asyncio.gather(*work, return_exceptions=True)
-            for end in (writer, down):
-                end.transport.abort()
+            down.transport.abort()
 
 
 @asynccontextmanager

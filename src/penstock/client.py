@@ -175,9 +175,6 @@ class Client:
         """
         given = _options(options) if options else _DEFAULT
         fields = chat_fields(messages, params, given.model or self.model, given.extra_body)
-        if given is _DEFAULT and n is None and not self.resume_streams:
-            attempts = self._attempts(given)
-            return (await self._generate(attempts, CHAT, encode(fields), chat_samples, 1, given))[0]
         return await self._complete(CHAT, fields, chat_samples, n, given)
 
     @overload

@@ -214,8 +214,6 @@ def test_a_start_that_is_cancelled(engine: Engine, life: LifeCycle, tag: str) ->
 
 
 def test_the_key_is_asked_for_and_not_shown(engine: Engine, life: LifeCycle, tag: str) -> None:
-    if engine.name == "embedded":
-        pytest.skip("the embedded engine asks for no key")
     with Live(engine, engine.make(life=life, api_key="a-very-secret-key")) as live:
         assert live.complete(prompt="1+1", max_tokens=2)["choices"]
         key, live.server.api_key = live.server.api_key, "wrong"

@@ -235,6 +235,38 @@ def test_the_requests_of_a_stalled_engine_are_done_elsewhere() -> None:
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("has_metrics", [True, False])
+def test_the_requests_of_a_server_that_answers_nothing_any_longer_are_done_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, has_metrics: bool
+) -> None:
+    """As of a process that is stopped: its connections are accepted, and nothing ever comes."""
+    monkeypatch.setattr(monitor, "ASK_TIMEOUT", 0.1)
+
+    async def main() -> None:
+        side = {
+            "/metrics": metrics(lambda: 1) if has_metrics else refuse(404),
+            "/health": raw(http(200, b"")),
+        }
+        async with (
+            ScriptedEngine(default=stall(), side=side) as stuck,
+            ScriptedEngine(default=echo()) as well,
+            Client(stuck.url, retry=QUICK, stall=0.5) as client,
+        ):
+            tasks = chats(client, 3)
+            await stuck.arrived(3)
+            await asyncio.sleep(0.4)  # it is seen to have metrics, or none
+            stuck.side.clear()
+            client.fleet.add(well.url)
+            samples = await asyncio.gather(*tasks)
+            assert {(sample.endpoint, sample.attempts) for sample in samples} == {(well.url, 2)}
+            assert client.statistics().states[stuck.url] == "down"
+            stuck.side["/health"] = raw(http(200, b""))
+            await until(lambda: client.statistics().states[stuck.url] == "up")
+
+    run(main())
+
+
+@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     "why", ["paused", "paused and idle", "tokens flow", "the test is answered", "queued"]
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 from typing import Final
 
@@ -18,7 +17,7 @@ from penstock.engine.app import EngineApp
 from penstock.engine.config import EngineConfig
 from penstock.engine.engine import LLMEngine
 from penstock.engine.options import ServerOptions
-from penstock.wire.loop import run
+from penstock.wire.loop import Stop, run
 from penstock.wire.server import HttpServer
 
 SWITCH_INTERVAL: Final = 0.0005
@@ -49,7 +48,7 @@ async def _serve(app: EngineApp, options: ServerOptions) -> int:
     server = HttpServer(app.handle, options.host, options.port, max_body=app.max_body)
     await server.start()
     app.engine.start()
-    stop = _Stop()
+    stop = Stop()
     host = f"[{options.host}]" if ":" in options.host else options.host
     print(f"penstock engine ready on http://{host}:{server.port}", flush=True)  # noqa: T201
     await asyncio.wait((stop.wished, app.engine.dead), return_when=asyncio.FIRST_COMPLETED)
@@ -60,21 +59,3 @@ async def _serve(app: EngineApp, options: ServerOptions) -> int:
     await app.engine.close()
     await closing
     return 1 if died else 0
-
-
-class _Stop:
-    """The first signal is a wish to stop, the second one a hurry."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.wished: asyncio.Future[None] = loop.create_future()
-        self.hurried: asyncio.Future[None] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.wish)
-
-    def wish(self) -> None:
-        """Stop; said again: now."""
-        for future in (self.wished, self.hurried):
-            if not future.done():
-                future.set_result(None)
-                return

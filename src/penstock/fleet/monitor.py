@@ -6,6 +6,7 @@
 - an open breaker whose time is over becomes half open;
 - one with requests in flight has its /metrics read: they steer an adaptive limit, and show an engine that has
   stopped generating (see `penstock.fleet.progress`), which is put to the test of one token before it is down;
+  one that answers no question at all for as long is down too, and what stands still on it is lost;
 - an engine is told of requests whose connection was lost, where it has a route for that.
 While no endpoint is up, requests wait in the dispatch queue and `on_outage` is told; once that has lasted
 `Retry.outage` seconds all of them end with FleetDown, which says what was waited for.
@@ -27,6 +28,7 @@ from penstock.errors import (
     PenstockError,
     PhaseTimeout,
     ResponseError,
+    TransportError,
 )
 from penstock.fleet.endpoint import Endpoint
 from penstock.fleet.health import State
@@ -75,10 +77,12 @@ class Watch:
         "asking",
         "can_abort",
         "misses",
+        "next_hail",
         "next_poll",
         "orphans",
         "polling",
         "progress",
+        "silent_since",
         "suspected",
         "testing",
     )
@@ -88,6 +92,10 @@ class Watch:
         self.misses = 0
         """Answers in a row that were not the metrics of an engine known here."""
         self.next_poll = next_poll
+        self.next_hail = next_poll
+        """When an endpoint without metrics is to be asked for a sign of life."""
+        self.silent_since: float | None = None
+        """Since when no question has been answered; None: the last one was."""
         self.polling = False
         self.suspected = False
         self.asked_at = float("-inf")
@@ -174,6 +182,9 @@ class Monitor:
                 start(self._poll(endpoint, watch))
             else:
                 self._tick(endpoint, None)
+                if now >= watch.next_hail:
+                    watch.next_hail, watch.polling = now + SLOW_POLL, True
+                    start(self._hail(endpoint, watch))
         if not endpoint.in_flight or health.state is not State.UP:
             watch.progress.rest()
         if watch.orphans and not watch.aborting:
@@ -252,8 +263,11 @@ class Monitor:
             await (self._generate(endpoint) if watch.testing else health(self._fleet, endpoint))
         except PenstockError as error:
             endpoint.health.fail_probe(error, self._clock())
+            if watch.silent_since is not None and self._fleet.settings.stall is not None:
+                endpoint.transport.drop_silent(self._fleet.settings.stall)
         else:
             watch.testing = False
+            watch.silent_since = None
             self._fleet.returned(endpoint)
             endpoint.health.accept()
             self._fleet.dispatch.refresh(endpoint)
@@ -275,10 +289,11 @@ class Monitor:
             watch.asking = False
 
     async def _poll(self, endpoint: Endpoint, watch: Watch) -> None:
-        """Reads the metrics of an engine. A failed look says nothing."""
-        load = None
+        """Reads the metrics of an engine. A failed look says nothing, but failed looks for long do."""
+        load, asked = None, self._clock()
         try:
             response = await ask(self._fleet, endpoint, endpoint.address.root + "/metrics")
+            watch.silent_since = None
             load = parse_load(response.body) if response.status == OK else None
             if load is not None:
                 watch.misses = 0
@@ -286,7 +301,7 @@ class Monitor:
             elif response.status in (OK, NOT_FOUND):
                 watch.misses += 1
         except PenstockError:
-            pass
+            await self._unanswered(endpoint, watch, asked)
         finally:
             watch.polling = False
         self._tick(endpoint, load)
@@ -297,6 +312,36 @@ class Monitor:
             await self._give_up_lost(endpoint)
         elif verdict is Verdict.STALLED:
             await self._test(endpoint, watch)
+
+    async def _hail(self, endpoint: Endpoint, watch: Watch) -> None:
+        """Asks an endpoint without metrics for a sign of life: any answer is one."""
+        asked = self._clock()
+        try:
+            await ask(self._fleet, endpoint, endpoint.address.root + "/health")
+            watch.silent_since = None
+        except PenstockError:
+            await self._unanswered(endpoint, watch, asked)
+        finally:
+            watch.polling = False
+
+    async def _unanswered(self, endpoint: Endpoint, watch: Watch, asked: float) -> None:
+        """A question was not answered. When none is for `stall` seconds, and it does not say that it is well
+        either, the endpoint is down (a process that is stopped, a host that is gone)."""
+        if watch.silent_since is None:
+            watch.silent_since = asked
+        stall = self._fleet.settings.stall
+        if stall is None or self._clock() - watch.silent_since < stall or not endpoint.up:
+            return
+        try:
+            await health(self._fleet, endpoint)
+        except TransportError as error:
+            logger.warning("%s answers nothing any longer: %s", endpoint.name, error)
+            self._down(endpoint, error)
+            endpoint.transport.drop_silent(stall)
+        except ResponseError:
+            watch.silent_since = None  # an answer, if not a good one
+        else:
+            watch.silent_since = None
 
     async def _give_up_lost(self, endpoint: Endpoint) -> None:
         """Ends what an idle engine has lost. A paused one holds requests back, and its metrics show none."""
@@ -375,9 +420,15 @@ def _out_since(endpoint: Endpoint) -> float:
 
 
 async def ask(
-    fleet: Fleet, endpoint: Endpoint, path: str, body: bytes | None = None, *, timeout: float = ASK_TIMEOUT
+    fleet: Fleet,
+    endpoint: Endpoint,
+    path: str,
+    body: bytes | None = None,
+    *,
+    timeout: float | None = None,
 ) -> Response:
-    """A GET, or with a body a POST, that needs no slot. Raises TransportError."""
+    """A GET, or with a body a POST, that needs no slot; `timeout`: ASK_TIMEOUT. Raises TransportError."""
+    timeout = ASK_TIMEOUT if timeout is None else timeout
     head = fleet.head(endpoint, "GET" if body is None else "POST", path)
     try:
         async with asyncio.timeout(timeout):

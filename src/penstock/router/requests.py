@@ -10,6 +10,7 @@ It guarantees:
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
@@ -58,7 +59,7 @@ class Refusal(Exception):
         self.status = status
 
 
-class RequestReader(asyncio.Protocol):
+class RequestReader(asyncio.Protocol, ABC):
     """The callbacks of one connection's parser."""
 
     __slots__ = (
@@ -98,8 +99,9 @@ class RequestReader(asyncio.Protocol):
         """When the present state began."""
         self.write: Callable[[bytes], None] = nowhere
 
+    @abstractmethod
     def _new_relay(self) -> Relay:
-        raise NotImplementedError
+        """A request begins."""
 
     def on_message_begin(self) -> None:
         self._receiving = self._new_relay()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -25,7 +24,7 @@ from penstock.router.inlet import Inlet
 from penstock.router.metrics import CONTENT_TYPE, exposition
 from penstock.router.router import Router
 from penstock.wire.exchange import Exchange, error_body
-from penstock.wire.loop import run
+from penstock.wire.loop import Stop, run
 from penstock.wire.server import HttpServer
 
 FILE_TICK: Final = 1.0
@@ -45,7 +44,7 @@ def launch_router(args: RouterArgs) -> int:
 
 
 async def _serve(args: RouterArgs) -> int:
-    stop = _Stop()
+    stop = Stop()
     async with serving(args) as server:
         host = f"[{args.host}]" if ":" in args.host else args.host
         scheme = "https" if args.tls_cert_path is not None else "http"
@@ -170,23 +169,6 @@ class WorkerFile:
                 self.look()
             except PenstockError as error:
                 logger.warning("%s", error)
-
-
-class _Stop:
-    """The first signal is a wish to stop, the second one a hurry."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.wished: asyncio.Future[None] = loop.create_future()
-        self.hurried: asyncio.Future[None] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._wish)
-
-    def _wish(self) -> None:
-        for future in (self.wished, self.hurried):
-            if not future.done():
-                future.set_result(None)
-                return
 
 
 def _metrics(exchange: Exchange, router: Router, listener: HttpServer) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 import httptools
 
-from penstock.errors import ConnectFailed, ConnectionLost, MalformedResponse, PenstockError, PhaseTimeout
+from penstock.errors import ConnectionLost, MalformedResponse, PenstockError
 from penstock.router.heads import (
     CONNECTION,
     CONTENT_ENCODING,
@@ -31,9 +31,17 @@ from penstock.router.heads import (
     without_named,
 )
 from penstock.router.statistics import WorkerStatistics
-from penstock.wire import tls
 from penstock.wire.address import Address
-from penstock.wire.connection import LARGE_BODY, MAX_HEAD, Connection, Owner, Response, Timeouts
+from penstock.wire.connection import (
+    LARGE_BODY,
+    MAX_HEAD,
+    Connection,
+    Owner,
+    Response,
+    Timeouts,
+    closed_early,
+    overdue,
+)
 from penstock.wire.pool import Pool, PoolStatistics
 from penstock.wire.stream import Stream
 
@@ -175,14 +183,7 @@ class EngineConnection(Connection):
             sink.arrived([], complete=True)
             sink.ended()
             return
-        started = self._received > 0
-        if isinstance(exc, ssl.SSLError) and not started and not self.served:
-            self._fail(ConnectFailed(f"cannot connect to {self._peer}: {tls.reason_of(exc)}"))
-            return
-        where = "in the middle of a response" if started else "before it sent a response"
-        reason = f" ({exc})" if exc is not None else ""
-        message = f"{self._peer} closed the connection {where}{reason}"
-        self._fail(ConnectionLost(message, response_started=started, reused=self.served > 0))
+        self._fail(closed_early(self._peer, exc, started=self._received > 0, reused=self.served > 0))
 
     def pause_writing(self) -> None:
         if self.sink is not None:
@@ -204,14 +205,9 @@ class EngineConnection(Connection):
         sink, transport = self.sink, self._transport
         if sink is None or transport is None or not transport.is_reading():
             return
-        age = now - self.since
-        if self._received == 0:
-            if timeouts.first_byte is not None and age > timeouts.first_byte:
-                message = f"{self._peer} sent no response within {timeouts.first_byte:g} s"
-                self._fail(PhaseTimeout(message, "first_byte"))
-        elif timeouts.idle is not None and age > timeouts.idle:
-            message = f"{self._peer} stopped in the middle of a response for {timeouts.idle:g} s"
-            self._fail(PhaseTimeout(message, "idle"))
+        late = overdue(self._peer, now - self.since, timeouts, started=self._received > 0)
+        if late is not None:
+            self._fail(late)
 
     # -- the parser's side ------------------------------------------------------------------------
 

@@ -205,14 +205,9 @@ class Connection(asyncio.Protocol):
         """Fails the request in flight if its phase has lasted too long."""
         if self._waiter is None and (self._stream is None or self._stream.paused):
             return
-        age = now - self.since
-        if self._received == 0:
-            if timeouts.first_byte is not None and age > timeouts.first_byte:
-                message = f"{self._peer} sent no response within {timeouts.first_byte:g} s"
-                self._fail(PhaseTimeout(message, "first_byte"))
-        elif timeouts.idle is not None and age > timeouts.idle:
-            message = f"{self._peer} stopped in the middle of a response for {timeouts.idle:g} s"
-            self._fail(PhaseTimeout(message, "idle"))
+        late = overdue(self._peer, now - self.since, timeouts, started=self._received > 0)
+        if late is not None:
+            self._fail(late)
 
     # -- the transport's side ---------------------------------------------------------------------
 
@@ -228,15 +223,7 @@ class Connection(asyncio.Protocol):
         if exc is None and self._head_done and self._until_close():
             self._settle(Response(self._status, self._headers, b"".join(self._parts)))
             return
-        started = self._received > 0
-        if isinstance(exc, ssl.SSLError) and not started and not self.served:
-            # With TLS 1.3 a server refuses our certificate only after the handshake has ended for us.
-            self._fail(ConnectFailed(f"cannot connect to {self._peer}: {tls.reason_of(exc)}"))
-            return
-        where = "in the middle of a response" if started else "before it sent a response"
-        reason = f" ({exc})" if exc is not None else ""
-        message = f"{self._peer} closed the connection {where}{reason}"
-        self._fail(ConnectionLost(message, response_started=started, reused=self.served > 0))
+        self._fail(closed_early(self._peer, exc, started=self._received > 0, reused=self.served > 0))
 
     def data_received(self, data: bytes) -> None:
         if self._waiter is None and self._stream is None:
@@ -350,3 +337,28 @@ class Connection(asyncio.Protocol):
             return False
         coding = find_header(self._headers, b"transfer-encoding")
         return coding is None or not coding.lower().rstrip().endswith(b"chunked")
+
+
+def closed_early(peer: str, exc: Exception | None, *, started: bool, reused: bool) -> PenstockError:
+    """What it means that the server's end of a connection closed before the response was complete.
+
+    started: bytes of the response had come. reused: the connection had served before.
+    """
+    if isinstance(exc, ssl.SSLError) and not started and not reused:
+        # With TLS 1.3 a server refuses our certificate only after the handshake has ended for us.
+        return ConnectFailed(f"cannot connect to {peer}: {tls.reason_of(exc)}")
+    where = "in the middle of a response" if started else "before it sent a response"
+    reason = f" ({exc})" if exc is not None else ""
+    message = f"{peer} closed the connection {where}{reason}"
+    return ConnectionLost(message, response_started=started, reused=reused)
+
+
+def overdue(peer: str, age: float, timeouts: Timeouts, *, started: bool) -> PhaseTimeout | None:
+    """The error of a phase that has lasted `age` seconds, None while that is within its bound."""
+    if not started:
+        if timeouts.first_byte is not None and age > timeouts.first_byte:
+            message = f"{peer} sent no response within {timeouts.first_byte:g} s"
+            return PhaseTimeout(message, "first_byte")
+    elif timeouts.idle is not None and age > timeouts.idle:
+        return PhaseTimeout(f"{peer} stopped in the middle of a response for {timeouts.idle:g} s", "idle")
+    return None

@@ -5,8 +5,10 @@ The library never changes a host process: only our own entry points call `run`.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import resource
+import signal
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
@@ -34,6 +36,24 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
+
+
+class Stop:
+    """SIGTERM or Ctrl-C in a server: the first is a wish to stop, the second one a hurry."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.wished: asyncio.Future[None] = loop.create_future()
+        self.hurried: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.wish)
+
+    def wish(self) -> None:
+        """Stop; said again: now."""
+        for future in (self.wished, self.hurried):
+            if not future.done():
+                future.set_result(None)
+                return
 
 
 def raise_open_files() -> int:
