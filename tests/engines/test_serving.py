@@ -130,7 +130,7 @@ def test_pause_ends_what_runs_and_resume_serves_again(live: Live) -> None:
 
 def test_a_pause_that_keeps_goes_on_where_it_was(live: Live) -> None:
     need(live, "resume")
-    body = {"prompt": PROMPT, "max_tokens": 1000, "ignore_eos": True}
+    body = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
     expected = live.complete(**body)["choices"][0]["text"]
     request = live.begin(live.completion(**body))
     live.wait_until(lambda: live.metric(live.engine.running) == 1, "one request runs")

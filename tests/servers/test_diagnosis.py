@@ -83,6 +83,12 @@ GPU_MESSAGES = [
         Kind.NCCL,
     ),
     (
+        "RuntimeError: Gloo connectFullMesh failed with [/__w/pytorch/pytorch/third_party/gloo/gloo/"
+        "transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection refused, "
+        "remote=[127.0.0.1]:15770$0",
+        Kind.GLOO,
+    ),
+    (
         "torch.distributed.DistNetworkError: The server socket has failed to listen on any "
         "local network address. "
         "port: 29500, useIpv6: false, code: -98, name: EADDRINUSE, message: address already in use",

@@ -37,6 +37,7 @@ class Kind(StrEnum):
     NO_GPU = "no_gpu"
     PARALLEL_SIZE = "parallel_size"
     NCCL = "nccl"
+    GLOO = "gloo"
     PORT_IN_USE = "port_in_use"
     MODEL_MISSING = "model_missing"
     MODEL_GATED = "model_gated"
@@ -192,6 +193,13 @@ PATTERNS: Final[Sequence[Pattern]] = (
         "The GPUs cannot talk to each other (NCCL).",
         "Start again with NCCL_DEBUG=INFO in env; look at shared memory (docker: --shm-size or --ipc=host), "
         "NCCL_SOCKET_IFNAME and NCCL_P2P_DISABLE.",
+    ),
+    # gloo/transport/tcp/pair.cc: each process tells the others the address of its machine's own name
+    Pattern(
+        Kind.GLOO,
+        r"(?:[\w.]*RuntimeError: )?Gloo connectFullMesh failed with .*remote=\[(?P<remote>[^]]+)\]",
+        "The processes cannot reach each other (Gloo, at {remote}).",
+        "Set GLOO_SOCKET_IFNAME in env, on each machine to the network interface that the others reach.",
     ),
     # the operating system; uvicorn/server.py; torch TCPStore
     Pattern(
