@@ -63,6 +63,9 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
     """Logprob of each sampled token (natural log), as long as `token_ids`."""
+    weight_versions: tuple[tuple[int, int], ...] | None = None
+    """(first token, version of the weights that made the tokens from there on) in turn; where it was asked
+    for and the engine says it."""
     usage: Usage = Usage()
     model: str | None = None
     request_id: str | None = None

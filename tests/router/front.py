@@ -195,8 +195,9 @@ def scenario(
         async with AsyncExitStack() as stack:
             for one in engines:
                 await stack.enter_async_context(one)
+            settings.setdefault("prometheus_port", None)
             settings.setdefault("worker_urls", tuple(one.url for one in engines))
-            args = RouterArgs(port=0, prometheus_port=None, **settings)
+            args = RouterArgs(port=0, **settings)
             server = await stack.enter_async_context(serving(args))
             peer = await Peer.to(server)
             try:

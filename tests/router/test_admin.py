@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import re
 import signal
@@ -18,10 +19,13 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from penstock.control.control import Control
 from penstock.errors import ConfigError
 from penstock.router import RouterArgs
 from penstock.router import server as server_module
+from penstock.router.admin import Admin
 from penstock.router.server import RouterServer
+from penstock.router.upstream import EngineTransport
 from tests.router.front import Peer, endpoints, engine, scenario
 from tests.scripted import answer, http, raw, refuse, stall, until
 
@@ -68,38 +72,94 @@ def test_the_fields_other_admin_routes() -> None:
             assert (await peer.ask(path=f"/add_worker?url={two.url}"))[0] == 202
             listed = orjson.loads((await peer.get("/list_workers"))[2])
             assert listed == {"urls": [one.url, two.url]}
-            loads = orjson.loads((await peer.get("/get_loads"))[2])["workers"]
-            assert loads[1] == {"worker": two.url, "load": 0, "max_in_flight": None}
-            assert (await peer.ask(path="/flush_cache"))[0] == 200
-            assert one.side_calls[-1].path == "/flush_cache"
-            assert two.side_calls[-1].path == "/reset_prefix_cache"
+            for path in ("/get_loads", "/v1/loads"):
+                loads = orjson.loads((await peer.get(path))[2])["workers"]
+                assert loads[1] == {"worker": two.url, "load": 0, "max_in_flight": None}
+            assert (await peer.get("/health_generate"))[0] == 200
             assert (await peer.ask(path=f"/remove_worker?url={two.url}"))[0] == 202
             await until(lambda: len(endpoints(server)) == 1)
             assert (await peer.ask(path="/remove_worker?url=nowhere:1"))[0] == 404
             assert (await peer.ask(path="/add_worker"))[0] == 400
 
     one, two = engine(), engine()
-    one.side["/flush_cache"] = two.side["/reset_prefix_cache"] = raw(http(200, b"{}"))
-    two.side["/flush_cache"] = refuse(404)
     scenario(main, one)
 
 
-def test_control_routes_reach_every_worker_and_steps_for_one_engine_none() -> None:
-    async def body(server: RouterServer, peer: Peer) -> None:
-        status, _, said = await peer.ask(path="/pause?mode=abort")
-        answer = orjson.loads(said)
-        assert status == 502 and answer["failed"] == [two.url] and answer["results"][one.url]["ok"]
-        for engine_ in (one, two):
-            assert [call.path.partition("&")[0] for call in engine_.calls] == ["/pause?mode=abort"]
-        assert (await peer.ask(path="/sleep?level=x"))[0] == 400
-        assert (await peer.get("/pause"))[0] == 405
-        assert (await peer.ask(path="/update_weights"))[0] == 501
-        assert len(one.calls) == len(two.calls) == 1
+def change(data: bytes, path: str = "/workers", method: str = "PATCH") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(data)}\r\n\r\n"
+    return head.encode() + data
 
-    one, two = engine(default=raw(http(200, b"{}"))), engine(default=refuse(500))
-    for engine_ in (one, two):
-        engine_.side["/version"] = raw(http(200, b'{"version":"1"}'))
-    scenario(body, one, two)
+
+def test_settings_change_while_it_runs_all_at_once_or_not_at_all() -> None:
+    async def body(server: RouterServer, peer: Peer) -> None:
+        async def patch(path: str = "/workers", **settings: Any) -> tuple[int, Any]:
+            peer.send(change(orjson.dumps(settings), path))
+            status, _, said = await peer.response()
+            return status, orjson.loads(said)
+
+        for wrong, word in (
+            ({"policy": "fastest", "queue_size": 1}, "policy cannot be 'fastest'"),
+            ({"queue_size": 1, "worker_max_in_flight": 0}, "must be at least 1"),
+            ({"queue_size": "many"}, "queue_size cannot be 'many'"),
+            ({"queue_sise": 1}, "is 'queue_size' meant"),
+            ({"port": 1}, "port cannot be changed while the router runs"),
+            ({}, "names no setting"),
+        ):
+            status, said = await patch(**wrong)
+            assert status == 400 and word in said["error"]["message"]
+        peer.send(change(b"[1]"))
+        assert (await peer.response())[0] == 400
+        assert server.router.args == before
+
+        first = [await Peer.to(server) for _ in range(3)]
+        for one_ in first:
+            one_.post()
+        await one.arrived(1)
+        await until(lambda: server.router.fleet.dispatch.waiting == 2)
+        status, said = await patch("/config", worker_max_in_flight=2, queue_size=7)
+        assert (status, said["worker_max_in_flight"], said["queue_size"]) == (200, 2, 7)
+        await one.arrived(2)  # one that waited has a slot by the new limit
+        status, said = await patch(max_concurrent_requests=3, worker_max_in_flight=None)
+        assert status == 200 and endpoints(server)[0].shown_limit is None
+        await one.arrived(3)
+        for one_ in first:
+            assert (await one_.response())[0] == 200
+            one_.close()
+        await patch(policy="session", request_timeout_secs=0.5, retry_max_retries=0)
+        assert server.router.fleet.retry.attempts == 1
+        relay = endpoints(server)[0].transport.relay  # type: ignore[attr-defined]
+        assert relay.timeouts.idle == relay.timeouts.first_byte == 0.5
+        assert (await peer.ask(fields=b"x-session-id: a\r\n"))[0] == 200
+        status, said = await patch(request_timeout_secs=None, policy="prefix_aware")
+        assert said["policy"] == "prefix_aware" and said["request_timeout_secs"] is None
+        assert (await peer.ask(b'{"prompt":"abc"}'))[0] == 200
+        index = server.router.fleet.dispatch.index
+        assert index is not None and len(index) == 1
+        await patch(policy="round_robin")
+        assert server.router.fleet.dispatch.index is None
+        assert (await peer.ask(b'{"prompt":"abc"}'))[0] == 200
+        shown = orjson.loads((await peer.get("/config"))[2])
+        assert shown == orjson.loads((await peer.get("/workers"))[2])["config"]
+        assert shown["max_concurrent_requests"] == 3 and "api_key" not in shown
+
+        async with two:  # a worker that joins has the settings of now
+            await patch(worker_max_in_flight=5, request_timeout_secs=9.0)
+            await peer.ask(orjson.dumps({"url": two.url}), "/workers")
+            joined = endpoints(server)[1]
+            assert joined.limit == 5
+            transport = joined.transport
+            assert isinstance(transport, EngineTransport) and transport.relay.timeouts.idle == 9.0
+            await server.router.leave(two.url, None)
+
+    one, two = engine(default=answer(delay=0.2)), engine()
+    before = RouterArgs(port=0, prometheus_port=None, worker_urls=("x:1",))
+
+    async def main(server: RouterServer, peer: Peer) -> None:
+        nonlocal before
+        before = server.router.args
+        await body(server, peer)
+
+    scenario(main, one, worker_max_in_flight=1)
 
 
 def test_it_speaks_tls(tmp_path: Path) -> None:
@@ -165,27 +225,70 @@ def test_the_access_log_has_a_line_a_request(tmp_path: Path) -> None:
     assert lines[0]["bytes_in"] == 3 and lines[0]["attempts"] == 1 and lines[0]["bytes_out"] > 50
 
 
-def test_the_worker_file_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def body(server: RouterServer, peer: Peer) -> None:
-        assert [end.name for end in endpoints(server)] == [one.url]
-        path.write_text(f"{two.url}\n")
-        await until(lambda: [end.name for end in endpoints(server)] == [two.url])
-        path.write_bytes(b"not a url \xff\n")
-        await asyncio.sleep(0.1)
-        path.write_text(f"{two.url}\n{one.url}  # back\n")
-        await until(lambda: len(endpoints(server)) == 2)
-
+def test_the_worker_file_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(server_module, "FILE_TICK", 0.02)
     path = tmp_path / "workers"
     one, two = engine(), engine()
 
+    def names(server: RouterServer) -> list[str]:
+        return [endpoint.name for endpoint in endpoints(server)]
+
     async def main(server: RouterServer, peer: Peer) -> None:
         path.write_text(f"# those there are\n{one.url}\n\n")
-        await until(lambda: [end.name for end in endpoints(server)] == [one.url])
-        await body(server, peer)
+        await until(lambda: names(server) == [one.url])
+        kept = endpoints(server)[0]
+        os.utime(path)
+        await asyncio.sleep(0.06)
+        assert endpoints(server) == [kept]  # touched, it says what it said
+        fresh = tmp_path / "new"
+        fresh.write_text(f"{two.url}\n{one.url}\n")
+        fresh.replace(path)
+        await until(lambda: sorted(names(server)) == sorted([one.url, two.url]))
+        assert kept in endpoints(server)
+        fresh.write_text(f"aaa.example:1\nftp://no.example\n{one.url}\n")
+        fresh.replace(path)
+        await until(lambda: "line 2" in caplog.text)
+        assert sorted(names(server)) == sorted([one.url, two.url])  # a file with a bad line changes nothing
+        path.write_text(f"{two.url}\n")
+        await until(lambda: names(server) == [two.url])
+        path.unlink()
+        await until(lambda: "cannot be read" in caplog.text)
+        assert (await peer.get("/liveness"))[0] == 200
+        path.write_text(f"{two.url}\n{one.url}  # back\n")
+        await until(lambda: len(endpoints(server)) == 2)
+        assert (await peer.ask())[0] == 200
+        path.write_text("")
+        await until(lambda: not endpoints(server))
+        assert (await peer.get("/readiness"))[0] == 503
 
     path.write_text("")
     scenario(main, one, two, worker_urls=(), worker_file=path)
+
+
+def test_a_worker_file_that_is_being_written_is_not_taken_half(tmp_path: Path) -> None:
+    class Workers:
+        def __init__(self) -> None:
+            self.urls: set[str] = set()
+            self.add = self.urls.add
+
+        def leave(self, url: str, timeout: None) -> str:
+            return url
+
+        def spawn(self, left: str) -> None:
+            self.urls.remove(left)
+
+    workers: Any = Workers()
+    path = tmp_path / "workers"
+    path.write_text("a:1\nb:1\n")
+    watch = server_module.WorkerFile(path, workers)
+    watch.look()
+    assert workers.urls == {"a:1", "b:1"}  # the first time as it is
+    for content, urls in (("", {"a:1", "b:1"}), ("a:1\n", {"a:1", "b:1"}), ("a:1\n", {"a:1"})):
+        path.write_text(content)
+        watch.look()
+        assert workers.urls == urls
 
 
 def test_the_admin_routes_can_have_an_address_of_their_own() -> None:
@@ -193,8 +296,28 @@ def test_the_admin_routes_can_have_an_address_of_their_own() -> None:
         assert (await peer.get("/workers"))[0] == 404
         assert (await peer.ask(path="/flush_cache"))[0] == 404
         assert (await peer.get("/health"))[0] == 200
+        assert (await peer.ask(b"x" * (2 << 20), "/update_weights"))[0] in (404, 413)
+        assert not one.calls
 
-    scenario(body, engine(), admin_port=0)
+    one = engine()
+    scenario(body, one, admin_port=0)
+
+
+def test_of_several_processes_only_that_of_the_admin_address_steers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(server: RouterServer, peer: Peer) -> None:
+        args = dataclasses.replace(server.router.args, processes=2)
+        monkeypatch.setattr(server.router, "args", args)
+        async with Control(server.router.fleet) as control:
+            admin = Admin(server.router, control, lambda: 0)
+            monkeypatch.setattr(server.listener, "handler", admin.handle)
+            status, _, said = await peer.ask(path="/pause")
+            assert status == 501 and b"--admin-port" in said
+            assert (await peer.ask(path="/reset_prefix_cache"))[0] == 200
+            paths = [call.path for call in one.calls]
+            assert "/reset_prefix_cache" in paths and not any("pause" in path for path in paths)
+
+    one = engine(default=raw(http(200, b"{}")))
+    scenario(body, one)
 
 
 def test_health_checks_take_out_a_worker_that_is_not_well() -> None:

@@ -334,6 +334,28 @@ def test_an_answer_before_the_body_has_come_is_relayed_and_the_connection_closed
     scenario(body, one)
 
 
+def test_a_connection_that_was_given_half_a_request_is_not_used_again() -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
+            await reader.readexactly(min(size, 1 << 20))
+            writer.write(http(200, b"early" if size > 1 << 20 else b"whole"))
+            await reader.readexactly(max(0, size - (1 << 20)))  # what else comes belongs to that body
+
+    async def body(server: RouterServer, peer: Peer) -> None:
+        async with instead(server, one, early):
+            peer.send(b"POST /x HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % (8 << 20))
+            peer.send(bytes((1 << 20) + 1))
+            assert (await peer.response())[2] == b"early"
+            other = await Peer.to(server)
+            assert (await asyncio.wait_for(other.ask(b"{}", "/x"), 2))[2] == b"whole"
+            other.close()
+
+    one = engine()
+    scenario(body, one)
+
+
 def test_request_ids_go_in_and_out() -> None:
     async def body(server: RouterServer, peer: Peer) -> None:
         _, headers, _ = await peer.ask(fields=b"X-Request-Id: mine-1\r\n")

@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from penstock.router.relay import Relay
+from penstock.router.requests import RequestHead
 from penstock.router.resume import resumable
 from penstock.router.server import RouterServer
 from tests.router.front import Peer, engine, scenario, settled, sse
@@ -133,8 +134,8 @@ def test_a_client_that_leaves_frees_the_slot() -> None:
 )
 def test_what_would_change_its_meaning_is_only_relayed(change: dict[str, Any]) -> None:
     relay = Relay.__new__(Relay)
-    relay.path, relay.method, relay.resume = b"/v1/chat/completions", b"POST", b"1"
-    relay.encoded, relay.complete = False, True
+    relay.head = RequestHead(method=b"POST", path=b"/v1/chat/completions", resume=b"1")
+    relay.complete = True
     relay.body = [orjson.dumps(BODY)]
     assert resumable(relay, always=False) is not None
     relay.body = [orjson.dumps({**BODY, **change})]

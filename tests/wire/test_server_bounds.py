@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.wire import server as server_module
+from penstock.wire import accepted
 from penstock.wire.server import Exchange, HttpServer
 from tests.scripted import until
 from tests.wire.peer import Peer, mirror, scenario
@@ -160,7 +160,7 @@ def test_a_slow_handler_is_not_idle() -> None:
 
 
 def test_a_client_that_stops_reading_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "WRITE_STALL", 0.2)
+    monkeypatch.setattr(accepted, "WRITE_STALL", 0.2)
     gone: list[bool] = []
 
     def handler(exchange: Exchange) -> None:

@@ -3,10 +3,10 @@
 It guarantees:
 - a call goes to all engines at once, whatever kind each is, and is bounded in time at each;
 - an engine that fails is data; with `all_or_nothing` it is ControlFailed, after the others were brought back
-  to where they were, where that is possible;
+  to where they were; one that could not be, or could not be resumed, gets no requests until it has been;
 - an engine that does not have the weights of the fleet's policy version gets no requests until it has caught
   up;
-- `async with` owns the connections and the one task. Its fleet has to be open, and has one Control.
+- `async with` owns the connections and the tasks. Its fleet has to be open, and has one Control.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any, Final, Self
 import orjson
 
 from penstock.control.dialect import KV_CACHE, WEIGHTS, Ask, Dialect, PauseMode
-from penstock.control.engine import Engine, Outcome, answer_of, outcome, refused
+from penstock.control.engine import Engine, Outcome, answer_of, lacks_route, outcome, refused
+from penstock.control.holding import Holding
 from penstock.control.readmission import CatchUp, Readmission
+from penstock.control.steps import Call, Kind, Steps
 from penstock.control.transport import DiskReload, WeightTransport
 from penstock.control.update import Transaction, WeightUpdate, check_mode, failures, together
 from penstock.errors import ConfigError, ConnectFailed, ControlFailed, FleetDown, PenstockError
@@ -65,6 +67,9 @@ class Control:
         self._update_timeout = update_timeout
         self._engines: dict[Endpoint, Engine] = {}
         self._readmission = Readmission(fleet, self._engine, catch_up)
+        self._holding = Holding(fleet)
+        self.steps = Steps(fleet, self._all, self._readmission.forget)
+        """Weight updates whose steps come from outside; `step` takes one."""
         self._task: asyncio.Task[None] | None = None
         self._updating = False
 
@@ -84,6 +89,7 @@ class Control:
         task, self._task = self._task, None
         task.cancel()
         await asyncio.wait([task])
+        await self._holding.stop()
         self.fleet.on_returned = lambda endpoint: None
         for engine in self._engines.values():
             await engine.close()
@@ -129,6 +135,7 @@ class Control:
         """
         if level not in (0, 1, 2):
             raise ConfigError(f"the sleep level must be 0, 1 or 2, not {level!r}")
+        await self._holding.stop()
         versions, engines = self.fleet.versions, self._all()
         before = {engine: engine.sleep_level for engine in engines}
         for engine in engines:
@@ -147,7 +154,9 @@ class Control:
                 if level == 2:
                     (versions.kept if engine in kept else versions.spoil)(engine.endpoint)
             self.fleet.show_versions()
-        return await self._judge("sleep", done, _wake_up, all_or_nothing)
+        return await self._judge(
+            "sleep", done, lambda engine, dialect: dialect.sleep(level), _wake_up, all_or_nothing
+        )
 
     async def wake_up(self, tags: Sequence[str] = (), *, all_or_nothing: bool = False) -> Outcomes:
         """Takes memory back, by default all of it, and goes on. tags: `weights`, `kv_cache`.
@@ -183,6 +192,11 @@ class Control:
         """The version each engine says its weights are of, as a number; None where that is none."""
         engines = self._all()
         done = await together({engine: outcome(engine.weight_version()) for engine in engines})
+        return {engine.name: one for engine, one in done.items()}
+
+    async def world_sizes(self) -> Outcomes:
+        """The ranks each engine has in a group with the trainer."""
+        done = await together({engine: outcome(engine.world_size()) for engine in self._all()})
         return {engine.name: one for engine, one in done.items()}
 
     async def call(
@@ -252,6 +266,7 @@ class Control:
         if self._updating:
             raise ConfigError("a weight update is under way: one at a time")
         self._updating = True
+        held = await self._holding.stop() if pause is not None else []
         try:
             await self._readmission.hold()
             await self._prune()
@@ -259,8 +274,34 @@ class Control:
                 transport, self.fleet.versions.following(version), pause, all_or_nothing
             )
         finally:
+            self._holding.hold(held, lambda engine: _call(engine, _resume))  # as all others are by now
             self._updating = False
             self._readmission.release()
+
+    async def step(self, kind: Kind, call: Call, *, all_or_nothing: bool = False) -> Outcomes:
+        """One step of a weight update that comes from outside, to all engines; see `penstock.control.steps`.
+
+        all_or_nothing: a step that fails on one engine ends the update, given up where engines can.
+        Raises ControlFailed, ConfigError.
+        """
+        if self._updating:
+            raise ConfigError("a weight update is under way: one at a time")
+        await self._prune()
+        if kind not in ("commit", "label"):
+            return await self.steps.take(kind, call, all_or_nothing=all_or_nothing)
+        self._updating = True
+        try:
+            await self._readmission.hold()
+            return await self.steps.take(kind, call, all_or_nothing=all_or_nothing)
+        finally:
+            self._updating = False
+            self._readmission.release()
+
+    async def sent(
+        self, kind: Kind, path: str, done: Mapping[Engine, Outcome], *, all_or_nothing: bool = False
+    ) -> Outcomes:
+        """What a step means that was sent to `steps.taking_part()` by other ways. Raises ControlFailed."""
+        return await self.steps.sent(kind, path, done, all_or_nothing=all_or_nothing)
 
     async def _update(
         self, transport: WeightTransport, version: int, pause: PauseMode | None, all_or_nothing: bool
@@ -313,7 +354,9 @@ class Control:
             engine.forget()
 
     async def _everywhere(self, what: str, asks: Asks, undo: Asks | None, all_or_nothing: bool) -> Outcomes:
-        return await self._judge(what, await self._ask_all(asks), undo, all_or_nothing)
+        if undo is not None:
+            await self._holding.stop()
+        return await self._judge(what, await self._ask_all(asks), asks, undo, all_or_nothing)
 
     async def _prune(self) -> None:
         """Lets go of endpoints that have left."""
@@ -325,19 +368,31 @@ class Control:
         return await together({engine: _call(engine, asks) for engine in self._all()})
 
     async def _judge(
-        self, what: str, done: Mapping[Engine, Outcome], undo: Asks | None, all_or_nothing: bool
+        self, what: str, done: Mapping[Engine, Outcome], asks: Asks, undo: Asks | None, all_or_nothing: bool
     ) -> Outcomes:
         """The outcomes; or everything is brought back, and ControlFailed says so."""
         outcomes = {engine.name: one for engine, one in done.items()}
-        if not all_or_nothing or all(one.ok for one in outcomes.values()):
+        failed = [engine for engine, one in done.items() if not one.ok]
+        if undo is None:
+            if failed and all_or_nothing:
+                message = f"{what}: {failures(outcomes)}; it cannot be undone on the others"
+                raise ControlFailed(message, outcomes)
+            return outcomes
+        if not failed or not all_or_nothing:
+            self._holding.release(engine for engine, one in done.items() if one.ok)
+            stuck = [engine for engine in failed if engine in self._holding or _is_stuck(what, done[engine])]
+            self._holding.hold(stuck, lambda engine: _call(engine, asks))
             return outcomes
         message = f"{what}: {failures(outcomes)}"
         touched = [engine for engine, one in done.items() if one.ok or not _untouched(one.error)]
-        if undo is None:
-            raise ControlFailed(f"{message}; it cannot be undone on the others", outcomes)
+        touched += [engine for engine in failed if engine in self._holding and engine not in touched]
         undone = await together({engine: _call(engine, undo) for engine in touched})
-        if left := {engine.name: one for engine, one in undone.items() if not one.ok}:
-            message += f"; and it could not be undone on {failures(left)}"
+        left = [engine for engine, one in undone.items() if not one.ok]
+        self._holding.release(engine for engine, one in undone.items() if one.ok)
+        self._holding.hold(left, lambda engine: _call(engine, undo))
+        if left:
+            told = failures({engine.name: undone[engine] for engine in left})
+            message += f"; and it could not be undone on {told}; out of service until it is"
         raise ControlFailed(message, outcomes)
 
 
@@ -346,6 +401,18 @@ def _call(engine: Engine, asks: Asks) -> Any:
         return await engine.ask(*asks(engine, await engine.dialect()))
 
     return outcome(call())
+
+
+def _is_stuck(what: str, one: Outcome) -> bool:
+    """An engine that would hold what it is sent: it has the route, and did not obey."""
+    error = one.error
+    return what in ("resume", "wake_up") and not (
+        error is None or isinstance(error, ConfigError) or lacks_route(error)
+    )
+
+
+def _resume(engine: Engine, dialect: Dialect) -> Sequence[Ask]:
+    return dialect.resume()
 
 
 def _wake_up(engine: Engine, dialect: Dialect) -> Sequence[Ask]:

@@ -40,6 +40,7 @@ class Dialect(Protocol):
     ConfigError for what the engine cannot do."""
 
     name: str
+    world_size_field: str
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> list[Ask]: ...
 
@@ -63,6 +64,10 @@ class Dialect(Protocol):
         """Answers an object with `weight_version`."""
         ...
 
+    def world_size(self) -> list[Ask]:
+        """Answers an object with the engine's ranks in a group with the trainer, in `world_size_field`."""
+        ...
+
     def reload(self, path: str, version: int) -> list[Ask]:
         """Takes the weights in a folder. Refused by the first request, it has changed nothing; after the
         last, no cache holds anything that older weights computed, and the engine says that it is at this
@@ -74,6 +79,7 @@ class VLLM:
     """vLLM and the embedded engine."""
 
     name = "vllm"
+    world_size_field = "world_size"
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> list[Ask]:
         return [Ask(f"/pause?mode={mode}&clear_cache={'true' if clear_cache else 'false'}")]
@@ -100,6 +106,9 @@ class VLLM:
     def weight_version(self) -> list[Ask]:
         return [Ask("/weight_info", method="GET")]
 
+    def world_size(self) -> list[Ask]:
+        return [Ask("/get_world_size", method="GET")]
+
     def reload(self, path: str, version: int) -> list[Ask]:
         return [
             Ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}),
@@ -112,6 +121,7 @@ class SGLang:
     """SGLang. It has no pause that waits, and its memory is given back only with --enable-memory-saver."""
 
     name = "sglang"
+    world_size_field = "tp_size"
 
     def pause(self, mode: PauseMode, clear_cache: bool) -> list[Ask]:
         if mode == "wait":
@@ -149,6 +159,9 @@ class SGLang:
 
     def weight_version(self) -> list[Ask]:
         return [Ask("/model_info", method="GET")]
+
+    def world_size(self) -> list[Ask]:
+        return [Ask("/server_info", method="GET")]
 
     def reload(self, path: str, version: int) -> list[Ask]:
         fields = {"model_path": path, "weight_version": str(version), "flush_cache": True}

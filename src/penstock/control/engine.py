@@ -122,11 +122,15 @@ class Engine:
             value = answer_of(self.name, one.path, await self.request(one, timeout=timeout))
         return value
 
-    async def send(self, path: str, content: bytes) -> Any:
-        """A POST of binary content. Raises as `ask`."""
-        head = self._fleet.head(self.endpoint, "POST", self.endpoint.address.root + path, BINARY)
+    async def send(self, path: str, content: bytes, content_type: str = BINARY) -> Any:
+        """A POST that belongs to a weight update. Raises as `ask`."""
+        head = self.head(path, content_type)
         response = await self._bounded(self._transport.request(head, content), path, self.update_timeout)
         return answer_of(self.name, path, response)
+
+    def head(self, path: str, content_type: str) -> bytes:
+        """Of a POST, up to what says how long its body is."""
+        return self._fleet.head(self.endpoint, "POST", self.endpoint.address.root + path, content_type)
 
     async def request(self, ask: Ask, *, body: bytes | None = None, timeout: float | None = None) -> Response:
         """One request; the answer, of whatever status. Raises TransportError."""
@@ -154,6 +158,15 @@ class Engine:
             return int(label)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return None
+
+    async def world_size(self) -> int:
+        """Ranks it has in a group with the trainer. Raises as `ask`, MalformedResponse."""
+        dialect = await self.dialect()
+        answer = await self.ask(*dialect.world_size())
+        size = answer.get(dialect.world_size_field) if isinstance(answer, dict) else None
+        if not isinstance(size, int) or size < 1:
+            raise MalformedResponse(f"{self.name} does not say how many ranks it has")
+        return size
 
 
 def answer_of(name: str, path: str, response: Response) -> Any:

@@ -55,6 +55,10 @@ class Readmission:
     def wake(self) -> None:
         self._woken.set()
 
+    def forget(self) -> None:
+        """What brought the engines to the fleet's version before the present one."""
+        self.last = None
+
     async def run(self) -> None:
         """Runs until cancelled."""
         self._fleet.on_behind = self.wake

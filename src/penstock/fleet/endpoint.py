@@ -97,6 +97,11 @@ class Endpoint:
         return self.health.state is State.UP
 
     @property
+    def steered(self) -> bool:
+        """Its limit is moved here, by what its metrics say."""
+        return self.limiter is not None
+
+    @property
     def shown_limit(self) -> int | None:
         """The limit, None when there is none."""
         return None if self.limit == UNLIMITED else self.limit

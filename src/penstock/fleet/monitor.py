@@ -176,7 +176,7 @@ class Monitor:
             watch.suspected, watch.asking, watch.asked_at = False, True, now
             start(self._ask_suspect(endpoint, watch))
         if endpoint.in_flight and health.state is State.UP and not watch.polling and now >= watch.next_poll:
-            watch.next_poll = now + (POLL if endpoint.limiter is not None else SLOW_POLL)
+            watch.next_poll = now + (POLL if endpoint.steered else SLOW_POLL)
             if watch.misses < MAX_MISSES:
                 watch.polling = True
                 start(self._poll(endpoint, watch))

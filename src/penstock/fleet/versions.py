@@ -5,7 +5,8 @@ guarantees:
 - an engine is admitted only while it is known to have the weights of the fleet's version;
 - from the moment its weights may change until it has said that they have, an engine is not admitted;
 - what an engine says of itself (its label) is believed of one that came back or joined, but not of one whose
-  update ended without an answer: there only another update counts.
+  update ended without an answer: there only another update counts;
+- an engine that is held for another reason is not admitted whatever its weights are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Weights(msgspec.Struct):
     """An update may have changed them in part: its label says nothing."""
     changing: bool = False
     """They are being replaced now."""
+    held: bool = False
+    """It is known to differ from the others in another way: it is paused, and they are not."""
 
 
 class Versions(Generic[K]):
@@ -48,7 +51,7 @@ class Versions(Generic[K]):
     def admits(self, key: K) -> bool:
         """It has the fleet's weights."""
         weights = self._of(key)
-        return weights.version == self.fleet and not weights.changing
+        return weights.version == self.fleet and not weights.changing and not weights.held
 
     def behind(self, key: K) -> bool:
         """It has to be brought to the fleet's version, and that is not under way."""
@@ -84,6 +87,13 @@ class Versions(Generic[K]):
         weights = self._of(key)
         if self.fleet > 0 and not weights.tainted and not weights.changing:
             weights.version = label
+
+    def hold(self, key: K, held: bool) -> None:
+        """Not admitted, whatever its weights are, until this is called with False."""
+        self._of(key).held = held
+
+    def held(self, key: K) -> bool:
+        return self._of(key).held
 
     # -- an update --------------------------------------------------------------------------------
 

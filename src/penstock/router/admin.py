@@ -3,19 +3,22 @@
 GET    /workers                 all of them, the counts and the settings
 POST   /workers                 {"url": …}: joins
 GET    /workers/URL             one (the URL as it is, or percent-encoded)
+PATCH  /workers, /config        {"policy": …, …}: other settings, see `penstock.router.config`; GET shows them
 PATCH  /workers/URL             {"max_in_flight": …}: another limit; null: none
 DELETE /workers/URL             drains and leaves; ?timeout=SECONDS: then the rest is cut off
-POST   /add_worker?url= /remove_worker?url=     GET /list_workers /get_loads     POST /flush_cache
-GET    /health /liveness /readiness /metrics /v1/models
-POST   /pause /resume /sleep /wake_up …: to every worker, see `penstock.router.fan_out`
+POST   /add_worker?url= /remove_worker?url=     GET /list_workers /get_loads /v1/loads
+GET    /health /health_generate /liveness /readiness /metrics /v1/models
+GET    /dashboard               the page, and /dashboard/data its numbers
+POST   /finish_session          SkyRL's word at the end of a trajectory: nothing is kept of a session
+POST   /pause /resume /sleep /update_weights …: to every worker, see `penstock.router.fan_out`
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote
+from urllib.parse import parse_qs
 
 import msgspec
 import orjson
@@ -23,19 +26,19 @@ import orjson
 from penstock.control.control import Control
 from penstock.errors import ConfigError, PenstockError
 from penstock.fleet.endpoint import UNLIMITED, Endpoint
-from penstock.fleet.monitor import ask
-from penstock.router.fan_out import fan_out
+from penstock.router import dashboard
+from penstock.router.broadcast import Broadcast
+from penstock.router.config import changed
+from penstock.router.fan_out import EMPTYING, REMEMBERED, STREAMED, fan_out
+from penstock.router.inlet import Inlet
 from penstock.router.metrics import CONTENT_TYPE, exposition
+from penstock.router.relay import Relay
 from penstock.router.router import ADMIN_PATHS, Router
+from penstock.router.snapshot import snapshot
 from penstock.router.upstream import EngineTransport
 from penstock.wire.exchange import Exchange, error_body
 
-FLUSHES: Final = ("/flush_cache", "/reset_prefix_cache")
-"""The engines' routes that empty their prefix caches: SGLang's and vLLM's."""
 NOT_FOUND: Final = 404
-
-FanOut = Callable[[Exchange], Awaitable[None]]
-"""Sends what it is given to every worker, and answers."""
 
 
 class _Joining(msgspec.Struct):
@@ -56,24 +59,34 @@ class Admin:
         self._router = router
         self._in_flight = in_flight
         self._shared = shared
-        self.fanned_out: dict[str, FanOut] = {
-            "/flush_cache": self._flush,
-            "/reset_prefix_cache": self._flush,
-            **fan_out(control),
-        }
+        self._fanned_out = fan_out(control)
+        own_address = router.args.admin_port is not None
+        self._scattered = router.args.processes > 1 and not own_address
+        """Requests of one client meet now this process, now that."""
+        if not (own_address or self._scattered):
+            router.broadcast = partial(_broadcast, control)
 
     def handle(self, exchange: Exchange) -> None:
         path = exchange.request.path
-        administers = path.encode("utf-8", "replace") in ADMIN_PATHS or path.startswith("/workers/")
+        administers = (
+            path.encode("utf-8", "replace") in ADMIN_PATHS
+            or path.startswith("/workers/")
+            or path == dashboard.PAGE
+        )
         if administers and not self._shared:
             _refuse(exchange, NOT_FOUND, "the admin routes are served on their own address")
             return
-        work = self.fanned_out.get(path)
-        if work is not None:
-            if exchange.request.method == "POST":
-                self._router.spawn(self._guarded(work(exchange), exchange))
-            else:
-                _refuse(exchange, 405, f"{path} takes POST")
+        if path in self._fanned_out:
+            method, work = self._fanned_out[path]
+            if exchange.request.method != method:
+                _refuse(exchange, 405, f"{path} takes {method}")
+                return
+            if path in REMEMBERED and self._scattered:
+                _refuse(exchange, 501, f"with several processes {path} is served on --admin-port only")
+                return
+            if path in EMPTYING:
+                self._router.forget_prefixes()
+            self._router.spawn(self._guarded(work(exchange), exchange))
             return
         try:
             self._answer(exchange, path)
@@ -94,22 +107,37 @@ class Admin:
                 self._health(exchange, ready=path == "/readiness")
             case "/metrics":
                 exchange.respond(200, exposition(self._router, self._in_flight()), CONTENT_TYPE)
+            case dashboard.PAGE if reads:
+                dashboard.show_page(exchange)
+            case dashboard.DATA if reads:
+                dashboard.show_data(exchange, snapshot(self._router, self._in_flight()))
             case "/v1/models" if reads:
                 exchange.respond(200, self._router.model_list())
             case "/workers" if reads:
                 _reply(exchange, self._overview())
+            case "/config" if reads:
+                _reply(exchange, self._router.args.shown())
+            case "/workers" | "/config" if request.method == "PATCH":
+                self._router.reconfigure(changed(self._router.args, request.body))
+                _reply(exchange, self._router.args.shown())
             case "/workers" if request.method == "POST":
                 self._join(exchange, msgspec.json.decode(request.body, type=_Joining).url)
+            case "/health_generate" if reads:
+                self._health(exchange, ready=False)
             case "/add_worker" if request.method == "POST":
                 self._join(exchange, _query(exchange, "url"))
             case "/remove_worker" if request.method == "POST":
                 self._leave(exchange, _query(exchange, "url"))
+            case "/finish_session" if request.method == "POST":
+                _reply(exchange, {"success": True})
             case "/list_workers" if reads:
                 _reply(exchange, {"urls": [endpoint.name for endpoint in self._router.fleet.endpoints]})
-            case "/get_loads" if reads:
+            case "/get_loads" | "/v1/loads" if reads:
                 _reply(exchange, {"workers": [_load(end) for end in self._router.fleet.endpoints]})
             case _ if path.startswith("/workers/"):
                 self._worker(exchange, path.removeprefix("/workers/"))
+            case _ if not self._router.answers(path.encode("utf-8", "replace")):
+                _refuse(exchange, NOT_FOUND, "requests are not relayed on this address")
             case _:
                 _refuse(exchange, 405, f"{path} does not take {request.method}")
 
@@ -188,33 +216,6 @@ class Admin:
         self._router.spawn(self._router.leave(endpoint.name, timeout))
         _reply(exchange, {"success": True, "message": f"{endpoint.name} drains and leaves"}, 202)
 
-    # -- to every worker --------------------------------------------------------------------------
-
-    async def _flush(self, exchange: Exchange) -> None:
-        index = self._router.fleet.dispatch.index
-        if index is not None:
-            index.clear()
-        endpoints = self._router.fleet.endpoints
-        said = await asyncio.gather(*map(self._flush_one, endpoints))
-        outcome = {endpoint.name: error for endpoint, error in zip(endpoints, said, strict=True)}
-        failed = {name: error for name, error in outcome.items() if error is not None}
-        _reply(
-            exchange, {"success": not failed, "failed": failed, "total": len(outcome)}, 502 if failed else 200
-        )
-
-    async def _flush_one(self, endpoint: Endpoint) -> str | None:
-        """What went wrong, None if nothing did."""
-        status = NOT_FOUND
-        for path in FLUSHES:
-            try:
-                response = await ask(self._router.fleet, endpoint, endpoint.address.root + path, b"")
-            except PenstockError as error:
-                return str(error)
-            status = response.status
-            if status != NOT_FOUND:
-                break
-        return None if status < 300 else f"it answered {status}"
-
     async def _guarded(self, work: Awaitable[None], exchange: Exchange) -> None:
         try:
             await work
@@ -226,6 +227,12 @@ class Admin:
                 _refuse(exchange, 502, str(error))
 
 
+def _broadcast(control: Control, inlet: Inlet, request: Relay) -> Relay | None:
+    """What sends a body that is too large to be held to all workers; None: this path takes none."""
+    kind = STREAMED.get(request.path)
+    return None if kind is None or request.method != b"POST" else Broadcast(inlet, request, control, kind)
+
+
 def _load(endpoint: Endpoint) -> dict[str, Any]:
     return {"worker": endpoint.name, "load": endpoint.in_flight, "max_in_flight": endpoint.shown_limit}
 
@@ -234,7 +241,7 @@ def _query(exchange: Exchange, name: str) -> str:
     values = parse_qs(exchange.request.query).get(name)
     if not values:
         raise ConfigError(f"the query must hold {name}=…")
-    return unquote(values[-1])
+    return values[-1]
 
 
 def _seconds(exchange: Exchange) -> float | None:

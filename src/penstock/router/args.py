@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from penstock.errors import ConfigError
 from penstock.fleet.health import Breaker
 from penstock.fleet.retry import Retry
 from penstock.wire.address import Address
+from penstock.wire.tls import TLS
+
+MAX_PROCESSES: Final = 64
 
 Policy = Literal["least_in_flight", "round_robin", "random", "power_of_two", "session", "prefix_aware"]
 
@@ -23,11 +26,13 @@ class RouterArgs:
     worker_file: Path | None = None
     """File with one such URL a line, watched: what is added joins, what is taken out drains and leaves."""
     policy: Policy = "least_in_flight"
-    """Which engine gets a request. session: the one its X-Session-ID or session_id belongs to; prefix_aware:
-    the one whose prefix cache knows the beginning of its prompt."""
+    """Which engine gets a request. session: the one its X-Session-ID, session_id or user belongs to;
+    prefix_aware: the one whose prefix cache knows the beginning of its prompt."""
     host: str = "127.0.0.1"
     port: int = 30000
     """0: any free port; the ready line says which."""
+    processes: int = 1
+    """Processes that listen on the port, a core for each. Limits, counts and workers are those of all."""
     request_timeout_secs: float | None = 1800.0
     """Seconds an engine may be silent, before its response and within it. Not a bound on the whole."""
     max_concurrent_requests: int | None = None
@@ -75,8 +80,15 @@ class RouterArgs:
     """PEM file of its private key, if that is not in the same file."""
     worker_ca_path: str | None = None
     """PEM file of the authorities to trust for https engines. None: the system's."""
+    worker_cert_path: str | None = None
+    """PEM file of the router's own certificate, for https engines that ask for one."""
+    worker_key_path: str | None = None
+    """PEM file of its private key, if that is not in the same file."""
     access_log: str | None = None
     """File that gets a line of JSON for each relayed request; - is standard output."""
+    otlp_endpoint: str | None = None
+    """Base URL of a collector that OpenTelemetry spans are sent to by OTLP over HTTP; needs penstock[otel].
+    None: where OTEL_EXPORTER_OTLP_ENDPOINT says, if it does."""
     shutdown_grace_period_secs: float = 60.0
     """Seconds that requests in flight have to end after SIGTERM; a second signal ends them at once."""
 
@@ -96,8 +108,15 @@ class RouterArgs:
                 raise ConfigError(
                     f"--{name.replace('_', '-')} holds characters that cannot be sent in a header"
                 )
-        if self.tls_key_path is not None and self.tls_cert_path is None:
-            raise ConfigError("--tls-key-path is of no use without --tls-cert-path")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ConfigError(f"--otlp-endpoint must be an http or https URL, not {self.otlp_endpoint!r}")
+        if self.processes > MAX_PROCESSES:
+            raise ConfigError(f"--processes must be at most {MAX_PROCESSES}, not {self.processes}")
+        for cert, key in (("tls_cert_path", "tls_key_path"), ("worker_cert_path", "worker_key_path")):
+            if getattr(self, key) is not None and getattr(self, cert) is None:
+                raise ConfigError(
+                    f"--{key.replace('_', '-')} is of no use without --{cert.replace('_', '-')}"
+                )
 
     @property
     def retry(self) -> Retry:
@@ -114,6 +133,13 @@ class RouterArgs:
             max_timeout=max(60.0, timeout),
         )
 
+    @property
+    def worker_tls(self) -> TLS | None:
+        """How TLS is spoken to https engines; None: as the system does."""
+        if self.worker_ca_path is self.worker_cert_path is None:
+            return None
+        return TLS(ca=self.worker_ca_path, certificate=self.worker_cert_path, key=self.worker_key_path)
+
     def shown(self) -> dict[str, Any]:
         """The settings, without secrets."""
         hidden = {"api_key", "admin_api_key", "worker_api_key"}
@@ -125,6 +151,7 @@ class RouterArgs:
 
 
 _LEAST = {
+    "processes": 1,
     "port": 0,
     "admin_port": 0,
     "prometheus_port": 0,

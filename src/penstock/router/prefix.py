@@ -86,6 +86,17 @@ class PrefixIndex(Generic[E]):
             self._learn(blocks, chosen, 0)
         return chosen
 
+    def owner(self, blocks: Sequence[int]) -> E | None:
+        """Where enough of a prompt with these blocks is known; None: nowhere."""
+        depth = _depth(self._owner, blocks)
+        return self._owner[blocks[depth - 1]] if depth and depth >= MATCH * len(blocks) else None
+
+    def went(self, blocks: Sequence[int], endpoint: E) -> None:
+        """A prompt with these blocks had to go to an endpoint: what nobody knew, it knows now."""
+        depth = _depth(self._owner, blocks)
+        if depth < len(blocks):
+            self._learn(blocks, endpoint, depth)
+
     def forget(self, endpoint: E) -> None:
         """It has left."""
         for block in [block for block, owner in self._owner.items() if owner is endpoint]:

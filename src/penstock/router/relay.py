@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final
 
 from penstock.errors import ConfigError, ConnectionLost, PenstockError
 from penstock.fleet.endpoint import Endpoint
 from penstock.router.dispatch import RouterAttempts
-from penstock.router.heads import status_line
+from penstock.router.heads import NO_BODY, status_line
 from penstock.router.refusals import NOT_ADMITTED, Refused, error_for, refused_for
 from penstock.router.upstream import EngineConnection, EngineTransport
 from penstock.wire.exchange import error_body
 
 if TYPE_CHECKING:
     from penstock.router.inlet import Inlet
+    from penstock.router.requests import RequestHead
 
 HOLD: Final = 1 << 20
 """Bytes of a request's body that are held, so that it can be looked into and sent again. Of a larger one the
@@ -43,17 +45,16 @@ RAW: Final = 0
 CHUNKED: Final = 1
 BODYLESS: Final = 2
 
-_NO_BODY: Final = frozenset({204, 304})
-
 
 class Relay:
-    """One request. Its first part is filled in by the client's connection as it is parsed."""
+    """One request. Its connection fills in the first part as it is received."""
 
     __slots__ = (
         "_answered_bytes",
         "_arrived_at",
         "_began",
         "_connection",
+        "_events",
         "_held",
         "_inlet",
         "_last",
@@ -63,57 +64,30 @@ class Relay:
         "_task",
         "_transport",
         "attempts",
-        "authorization",
         "begun",
         "body",
         "chunked",
         "complete",
-        "connection_fields",
-        "denied",
         "done",
-        "encoded",
-        "expect",
-        "fields",
-        "host",
-        "http10",
-        "keep_alive",
+        "head",
+        "headed_at",
         "length",
-        "method",
-        "path",
         "request_id",
-        "resume",
-        "session",
         "size",
         "status",
-        "target",
-        "timeout",
         "whole",
         "worker",
     )
 
-    def __init__(self, inlet: Inlet) -> None:
+    def __init__(self, inlet: Inlet, head: RequestHead, length: int | None, request_id: bytes | None) -> None:
         self._inlet = inlet
-        self.method = b""
-        self.target = b""
-        self.path = b""
-        self.fields: list[bytes] = []
-        """Header fields that pass: name, separator, value and line end in turn."""
-        self.host: bytes | None = None
-        self.length: int | None = None
-        self.chunked = False
-        self.request_id: bytes | None = None
-        self.authorization: bytes | None = None
-        self.session: bytes | None = None
-        self.resume: bytes | None = None
-        self.timeout: bytes | None = None
-        self.connection_fields: list[bytes] | None = None
-        self.encoded = False
-        """The body is compressed."""
-        self.expect = False
-        self.http10 = False
-        self.keep_alive = True
-        self.denied = False
-        """It has no valid key."""
+        self.head = head
+        self.length = length
+        """The value of its content-length."""
+        self.request_id = request_id
+        """The client's, then that of the first attempt."""
+        self.chunked = head.chunked
+        """The body goes to the engine in chunks."""
         self.body: list[bytes] = []
         """What is held of it."""
         self.size = 0
@@ -141,8 +115,29 @@ class Relay:
         self._mode = RAW
         self._last = b""
         """The piece of body written last."""
+        self._events = False
+        """The response is one of server-sent events, not compressed."""
         self._answered_bytes = 0
-        self._arrived_at = self._began = 0.0
+        self._arrived_at = self._began = self.headed_at = 0.0
+
+    method = property(attrgetter("head.method"))
+    target = property(attrgetter("head.target"))
+    path = property(attrgetter("head.path"))
+    host = property(attrgetter("head.host"))
+    authorization = property(attrgetter("head.authorization"))
+    session = property(attrgetter("head.session"))
+    resume = property(attrgetter("head.resume"))
+    timeout = property(attrgetter("head.timeout"))
+    encoded = property(attrgetter("head.encoded"))
+
+    @property
+    def fields(self) -> list[bytes]:
+        """Header fields that pass: name, separator, value and line end in turn."""
+        return self.head.fields
+
+    @fields.setter
+    def fields(self, fields: list[bytes]) -> None:
+        self.head = self.head.sending(fields, self._inlet.router.own_fields)
 
     # -- what the client's connection tells --------------------------------------------------------
 
@@ -232,6 +227,7 @@ class Relay:
                 connection = connection or await transport.relay.connect()
             except PenstockError as error:
                 transport.counts.transport_errors += 1
+                self.unreached(endpoint, error)
                 if not attempts.failed(error):
                     raise
                 transport.counts.retries += 1
@@ -239,6 +235,9 @@ class Relay:
             else:
                 self._send(transport, connection)
                 return
+
+    def unreached(self, endpoint: Endpoint, error: PenstockError) -> None:
+        """A worker could not be connected to: for those who trace."""
 
     def _obtained(self, task: asyncio.Task[None]) -> None:
         self._task = None
@@ -263,30 +262,31 @@ class Relay:
 
     def _send(self, transport: EngineTransport, connection: EngineConnection) -> None:
         """Writes the request, or as much as there is of it."""
-        attempts, router = self.attempts, self._inlet.router
+        attempts, head = self.attempts, self.head
         assert attempts is not None
         self._transport, self._connection = transport, connection
         self.worker = attempts.endpoint
-        target = self.target if transport.plain else transport.target(self.target)
+        target = head.target if transport.plain else transport.target(head.target)
         id = attempts.request_id.encode("latin-1")
         if self.request_id is None:
-            self.request_id = id  # that of the first attempt
-        head = [self.method, b" ", target, transport.host_line, *self.fields, router.own_fields]
+            self.request_id = id
         body = self.body[0] if len(self.body) == 1 else b"".join(self.body)
         transport.counts.bytes_sent += len(body)
-        if self.complete:
-            if body or self.length is not None or self.chunked:
-                head.append(b"x-request-id: %s\r\ncontent-length: %d\r\n\r\n" % (id, len(body)))
-            else:
-                head.append(b"x-request-id: %s\r\n\r\n" % id)
-            self.chunked = False
-        elif self.chunked:
-            head.append(b"x-request-id: %s\r\ntransfer-encoding: chunked\r\n\r\n" % id)
+        self.chunked = self.chunked and not self.complete
+        if self.chunked:
+            framing = b"transfer-encoding: chunked\r\n"
             body = b"%x\r\n%s\r\n" % (len(body), body)
+        elif not self.complete:
+            framing = b"content-length: %d\r\n" % (self.length or 0)
+        elif body or self.length is not None or head.chunked:
+            framing = b"content-length: %d\r\n" % len(body)
         else:
-            head.append(b"x-request-id: %s\r\ncontent-length: %d\r\n\r\n" % (id, self.length or 0))
-        self._began = router.clock()
-        connection.submit(self, b"".join(head), body, bodyless=self.method == b"HEAD")
+            framing = b""
+        start = b"%s %s%s%sx-request-id: %s\r\n%s\r\n" % (
+            head.method, target, transport.host_line, head.passing, id, framing,
+        )  # fmt: skip
+        self._began = self._inlet.router.clock()
+        connection.submit(self, start, body, bodyless=head.method == b"HEAD")
         if not self._inlet.writable:
             connection.pause()  # the client has not taken the response before this one
         if not self.complete:
@@ -296,33 +296,33 @@ class Relay:
 
     def headed(self, connection: EngineConnection) -> None:
         assert self._transport is not None
-        self._transport.counts.first_byte.observe(self._inlet.router.clock() - self._began)
+        head, length = connection.head, connection.length
+        self.headed_at = self._inlet.router.clock()
+        self._transport.counts.first_byte.observe(self.headed_at - self._began)
         self._answered_bytes = 0
-        status = connection.status
+        status = self.status = head.status
         if (status >= 500 or status in NOT_ADMITTED) and not self.begun and self.whole:
             self._held = []
-        self.status = status
-        close = self._inlet.closes_after(self)
-        if self.method == b"HEAD" or status in _NO_BODY:
+        self._last, self._events = b"", head.events
+        framing = b"" if length is None else b"content-length: %d\r\n" % length
+        if self.head.method == b"HEAD" or status in NO_BODY:
             self._mode = BODYLESS
-            framing = b"" if connection.length is None else b"content-length: %s\r\n" % connection.length
             if status == HTTPStatus.NO_CONTENT:
                 framing = b""
-        elif connection.length is not None:
-            self._mode, framing = RAW, b"content-length: %s\r\n" % connection.length
-        elif self.http10:
-            self._mode, framing = RAW, b""
+        elif length is not None or self.head.http10:
+            self._mode = RAW
         else:
             self._mode, framing = CHUNKED, b"transfer-encoding: chunked\r\n"
-        if close:
+        if self._inlet.closes_after(self):
             framing += b"connection: close\r\n"
-        self._out = b"".join(
-            [status_line(status), *connection.fields, b"x-request-id: ", self.id, b"\r\n", framing, b"\r\n"]
-        )
+        self._out = b"%sx-request-id: %s\r\n%s\r\n" % (head.passing, self.request_id, framing)
 
     def arrived(self, parts: list[bytes], *, complete: bool) -> None:
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._answered_bytes += len(data)
+        size = len(data)
+        self._answered_bytes += size
+        assert self._transport is not None
+        self._transport.counts.bytes_received += size
         if self._held is not None:
             self._held.append(data)
             if complete or self._answered_bytes <= HOLD_ANSWER:
@@ -332,26 +332,23 @@ class Relay:
         self._write(data, complete=complete)
 
     def ended(self) -> None:
-        attempts, router = self.attempts, self._inlet.router
-        assert attempts is not None and self._transport is not None
+        attempts, transport = self.attempts, self._transport
+        assert attempts is not None and transport is not None
         self._connection = None
-        status, counts = self.status, self._transport.counts
-        seconds = router.clock() - self._began
+        status, counts = self.status, transport.counts
+        seconds = self._inlet.router.clock() - self._began
         counts.latency.observe(seconds)
-        counts.bytes_received += self._answered_bytes
         counts.responses[status // 100 if status < 600 else 5] += 1
         if status < 400:
             attempts.succeeded(self._answered_bytes >> 2, seconds)
-        else:
-            again = attempts.failed(error_for(status), final=self._held is None)
-            if again:
-                counts.retries += 1
-                self._held = self._out = None
-                self._spawn(None)
-                return
-            if self._held is not None:
-                held, self._held = self._held, None
-                self._write(b"".join(held), complete=True)
+        elif attempts.failed(error_for(status), final=self._held is None):
+            counts.retries += 1
+            self._held = self._out = None
+            self._spawn(None)
+            return
+        elif self._held is not None:
+            held, self._held = self._held, None
+            self._write(b"".join(held), complete=True)
         self._finished(status)
 
     def failed(self, error: PenstockError) -> None:
@@ -370,7 +367,6 @@ class Relay:
             return
         counts = self._transport.counts
         counts.transport_errors += 1
-        counts.bytes_received += self._answered_bytes
         self._held = self._out = None
         if attempts.failed(error, final=self.begun or not self.whole):
             counts.retries += 1
@@ -423,9 +419,9 @@ class Relay:
     def _break_off(self, error: PenstockError) -> None:
         """Ends a response that has begun so that nobody can take it for complete."""
         event = b""
-        if self._mode == CHUNKED and self._last.startswith((b"data:", b"event:", b":", b"id:", b"\n")):
+        if self._mode == CHUNKED and self._events:
             body = error_body(HTTPStatus.BAD_GATEWAY, str(error), "engine_lost")
-            gap = b"" if self._last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+            gap = b"" if not self._last or self._last.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
             event = b"%sevent: error\ndata: %s\n\n" % (gap, body)
             event = b"%x\r\n%s\r\n" % (len(event), event)
         self.done = True
@@ -434,6 +430,7 @@ class Relay:
 
     def _give_up(self, error: PenstockError) -> None:
         """No attempt is left, and the client has been given nothing."""
+        self._inlet.router.statistics.given_up += 1
         refused = refused_for(error)
         self._answer(refused.status, str(refused), refused.retry_after)
 
@@ -449,7 +446,7 @@ class Relay:
             b"" if retry_after is None else b"retry-after: %d\r\n" % retry_after,
             b"connection: close\r\n" if close else b"",
         )
-        self._inlet.write(head if self.method == b"HEAD" else head + body)
+        self._inlet.write(head if self.head.method == b"HEAD" else head + body)
         self._finished(status)
 
     def abandon(self) -> None:
@@ -477,6 +474,11 @@ class Relay:
         log = self._inlet.router.access_log
         if log is not None:
             log(self, status, self._answered_bytes, self._arrived_at)
+
+    @property
+    def client(self) -> str:
+        """The client's address, while there is an access log."""
+        return self._inlet.peer
 
     @property
     def id(self) -> bytes:

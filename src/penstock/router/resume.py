@@ -24,6 +24,7 @@ from penstock.fleet.endpoint import Endpoint
 from penstock.router.dispatch import RouterAttempts
 from penstock.router.refusals import Refused, refused_for
 from penstock.router.relay import Relay
+from penstock.router.statistics import StreamCounting
 from penstock.router.upstream import EngineTransport
 from penstock.sample import Delta
 from penstock.stream import SampleStream
@@ -67,9 +68,12 @@ class _Recorder(Partial):
     def __init__(self) -> None:
         super().__init__()
         self.events: list[bytes] = []
+        self.received = 0
+        """Bytes of events, of all engines."""
 
     def feed(self, data: bytes) -> Delta | None:
         delta = super().feed(data)
+        self.received += len(data)
         self.events.append(data)
         return delta
 
@@ -112,6 +116,7 @@ class ResumedStream:
         self._status = 200
         self._sent = 0
         """Bytes of events."""
+        self._counting = StreamCounting(router.clock)
 
     async def run(self) -> None:
         """To its end, whatever that is."""
@@ -145,11 +150,13 @@ class ResumedStream:
 
         async with _Recorded(self._router.fleet, attempts, self._request, head, resume=True) as stream:
             async for delta in stream:
+                self._counting.arrived(stream.recorder.received)
                 if stream.continued:
                     self._continue(stream, delta)
                 else:
                     self._forward(stream.recorder)
                 await exchange.drain()
+            self._counting.ended()
             if not stream.continued:
                 self._forward(stream.recorder)
             elif self._wants_usage:
@@ -169,6 +176,7 @@ class ResumedStream:
         transport = endpoint.transport
         assert isinstance(transport, EngineTransport)
         self._relay.worker = endpoint
+        self._counting.begin(transport.counts)
         path = (endpoint.address.api + route).encode("ascii")
         id = attempts.request_id.encode("latin-1")
         fields = b"".join(self._relay.fields) + self._router.own_fields
@@ -178,6 +186,7 @@ class ResumedStream:
 
     def _begin(self) -> None:
         if not self._exchange.started:
+            self._relay.headed_at = self._router.clock()
             id = self._relay.id.decode("latin-1")
             self._exchange.start(200, "text/event-stream; charset=utf-8", {"x-request-id": id})
 
@@ -231,6 +240,9 @@ class ResumedStream:
 
     def _fail(self, error: PenstockError) -> None:
         exchange = self._exchange
+        self._counting.failed()
+        if not exchange.started and not isinstance(error, ResponseError):
+            self._router.statistics.given_up += 1
         if exchange.started:
             if not exchange.disconnected:
                 self._router.statistics.broken += 1

@@ -15,43 +15,54 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from hmac import compare_digest
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import orjson
 
+from penstock.continuation import Request as Continued
 from penstock.errors import PenstockError, PhaseTimeout
-from penstock.fleet.endpoint import Endpoint
+from penstock.fleet.endpoint import UNLIMITED, Endpoint
 from penstock.fleet.fleet import Fleet
 from penstock.fleet.health import State
 from penstock.fleet.monitor import ask, health
-from penstock.fleet.policy import POLICIES, session_key
+from penstock.fleet.policy import POLICIES, Policy, session_key
+from penstock.fleet.retry import Decision
 from penstock.router import fan_out
 from penstock.router.args import RouterArgs
 from penstock.router.dispatch import RouterAttempts, RouterDispatch, serves
+from penstock.router.heads import KnownHeads
 from penstock.router.peek import NOTHING, Peek, blocks_of, peek
 from penstock.router.refusals import Refused
 from penstock.router.relay import Relay
+from penstock.router.requests import RequestHead
 from penstock.router.resume import ResumedStream, resumable
 from penstock.router.statistics import RouterStatistics
 from penstock.router.upstream import EngineTransport
+from penstock.wire.address import Address
 from penstock.wire.connection import Timeouts
 from penstock.wire.exchange import Exchange
-from penstock.wire.tls import TLS
 
-OPEN_PATHS: Final = frozenset({b"/health", b"/liveness", b"/readiness", b"/metrics"})
-"""Answered by the router, and without a key."""
+if TYPE_CHECKING:
+    from penstock.router.inlet import Inlet
+    from penstock.router.process import Sharing
+
+OPEN_PATHS: Final = frozenset(
+    {b"/health", b"/health_generate", b"/liveness", b"/readiness", b"/metrics", b"/dashboard"}
+)
+"""Answered by the router, and without a key: the dashboard's page shows nothing by itself."""
 ADMIN_PATHS: Final = fan_out.PATHS | {
     b"/workers",
     b"/add_worker",
     b"/remove_worker",
     b"/list_workers",
     b"/get_loads",
-    b"/flush_cache",
-    b"/reset_prefix_cache",
+    b"/v1/loads",
+    b"/config",
+    b"/dashboard/data",
 }
 MODELS: Final = b"/v1/models"
-_OWN: Final = OPEN_PATHS | ADMIN_PATHS | {MODELS}
+_OWN: Final = OPEN_PATHS | ADMIN_PATHS | fan_out.INFO_PATHS | {MODELS, b"/finish_session"}
 MAX_DEADLINE: Final = 7 * 86400.0
 """Seconds; an X-Request-Timeout above is taken for this."""
 
@@ -61,54 +72,132 @@ AccessLog = Callable[[Relay, int, int, float], None]
 """Takes a relay that has ended, its status, the bytes of the response's body and the clock at its arrival."""
 
 
+MakeResumed = Callable[["Router", Relay, Continued, Exchange], ResumedStream]
+"""Takes over a stream that is to survive its engine."""
+
+
 class RouterFleet(Fleet):
-    """A fleet whose endpoints are relayed to."""
+    """A fleet whose endpoints are relayed to. sharing: with other processes."""
 
     dispatch: RouterDispatch
 
-    def __init__(self, args: RouterArgs) -> None:
+    def __init__(self, args: RouterArgs, sharing: Sharing | None = None) -> None:
         self._args = args
-        tls = TLS(ca=args.worker_ca_path) if args.worker_ca_path is not None else None
-        timeout = args.request_timeout_secs
+        self._sharing = sharing
+        tls = args.worker_tls
+        self._worker_ssl = None if tls is None else tls.context()
         super().__init__(
-            args.worker_urls,
+            args.worker_urls if sharing is None else (),  # the parent says which there are
             api_key=args.worker_api_key or args.api_key,
             max_in_flight=args.worker_max_in_flight,
             adaptive=args.adaptive,
             retry=args.retry,
             breaker=args.breaker,
-            transport=partial(
-                EngineTransport,
-                timeouts=Timeouts(first_byte=timeout, idle=timeout),
-                ssl_context=None if tls is None else tls.context(),
-            ),
+            transport=self._transports(args),
         )
+
+    def _transports(self, args: RouterArgs) -> Callable[[Address], EngineTransport]:
+        return partial(EngineTransport, timeouts=_timeouts(args), ssl_context=self._worker_ssl)
+
+    def reconfigure(self, args: RouterArgs) -> None:
+        """Other settings from now on; a new worker_max_in_flight is the limit of every worker."""
+        limit, before = args.worker_max_in_flight, self._args.worker_max_in_flight
+        self._args = args
+        self.retry = args.retry
+        self.settings = msgspec.structs.replace(
+            self.settings, max_in_flight=limit, retry=args.retry, transport=self._transports(args)
+        )
+        for endpoint in self.endpoints:
+            assert isinstance(endpoint.transport, EngineTransport)
+            endpoint.transport.relay.timeouts = _timeouts(args)
+            if limit != before:
+                endpoint.limit = UNLIMITED if limit is None else limit
+        self.dispatch.reconfigure(
+            policy=_policy(args),
+            cap=args.max_concurrent_requests,
+            prefix_aware=args.policy == "prefix_aware",
+        )
+        for endpoint in self.endpoints:
+            self.dispatch.refresh(endpoint)
 
     def _reset(self) -> None:
         super()._reset()
         args = self._args
-        self.dispatch = RouterDispatch(
-            policy=POLICIES.get(args.policy, POLICIES["least_in_flight"]),
+        self.dispatch = (RouterDispatch if self._sharing is None else self._sharing.dispatch)(
+            policy=_policy(args),
             random=self.random,
             cap=args.max_concurrent_requests,
             prefix_aware=args.policy == "prefix_aware",
+            clock=self.clock,
         )
+
+    def _endpoint(self, address: Address) -> Endpoint:
+        if self._sharing is None:
+            return super()._endpoint(address)
+        return self._sharing.endpoint(address, self.connect(address, Timeouts()), self.settings)
+
+    def add(self, url: str) -> None:
+        known = Address.parse(url) in self.addresses
+        super().add(url)
+        if self._sharing is not None and not known:
+            self._sharing.joined(url)
+
+    async def drain(self, url: str, timeout: float | None = None) -> bool:
+        self._leaves(url, timeout)
+        return await self.drained(url, timeout)
+
+    async def drained(self, url: str, timeout: float | None) -> bool:
+        """`drain`, in this process alone."""
+        return await super().drain(url, timeout)
+
+    async def remove(self, url: str) -> None:
+        self._leaves(url, 0.0)
+        await super().remove(url)
+
+    def _leaves(self, url: str, timeout: float | None) -> None:
+        address = Address.parse(url)
+        if self._sharing is not None and address in self.addresses:
+            self._sharing.leaves(str(address), timeout)
+
+    async def _part(self, endpoint: Endpoint) -> None:
+        await super()._part(endpoint)
+        if self._sharing is not None:
+            self._sharing.parted(endpoint)
+
+    def failed(self, endpoint: Endpoint, error: PenstockError, decision: Decision, trial: int) -> None:
+        was = endpoint.health.state
+        super().failed(endpoint, error, decision, trial)
+        if endpoint.health.state is State.OPEN and was is not State.OPEN:
+            assert isinstance(endpoint.transport, EngineTransport)
+            endpoint.transport.counts.openings += 1
+
+
+def _policy(args: RouterArgs) -> Policy[Any]:
+    """That of requests without a session or blocks of a prompt."""
+    return POLICIES.get(args.policy, POLICIES["least_in_flight"])
+
+
+def _timeouts(args: RouterArgs) -> Timeouts:
+    return Timeouts(first_byte=args.request_timeout_secs, idle=args.request_timeout_secs)
 
 
 class Router:
-    """Relays requests to the workers; `async with` opens it."""
+    """Relays requests to the workers; `async with` opens it. sharing: with other processes."""
 
-    def __init__(self, args: RouterArgs) -> None:
+    def __init__(self, args: RouterArgs, sharing: Sharing | None = None) -> None:
         args.check()
         self.args = args
-        self.fleet = RouterFleet(args)
+        self._sharing = sharing
+        self.fleet = RouterFleet(args, sharing)
         self.statistics = RouterStatistics()
         self.access_log: AccessLog | None = None
+        self.make_resumed: MakeResumed = ResumedStream
         self.clock: Callable[[], float] = self.fleet.clock
         self.draining = False
         """It is about to end and wants no new requests."""
         self.own_fields = b""
         """Header fields added to each request."""
+        self.heads: KnownHeads[RequestHead] = KnownHeads()
         self.forwards_authorization = args.worker_api_key is None
         if args.worker_api_key is not None:
             self.own_fields = b"authorization: Bearer %s\r\n" % args.worker_api_key.encode("ascii")
@@ -123,11 +212,15 @@ class Router:
         self.resumes = args.resume_streams
         self._looks = False
         """Each request's body is looked into."""
+        self.broadcast: Callable[[Inlet, Relay], Relay | None] = lambda inlet, request: None
+        """What sends a large body to all workers; None: this request is none of that kind."""
 
     async def __aenter__(self) -> Router:
         await self.fleet.__aenter__()
         self.prefix = self.fleet.prefix
         self._choose_looks()
+        if self._sharing is not None:
+            self._sharing.start(self)
         self.spawn(self._keep())
         return self
 
@@ -146,6 +239,25 @@ class Router:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def reconfigure(self, args: RouterArgs) -> None:
+        """Other settings from now on; `penstock.router.config` says which may differ."""
+        if self._sharing is not None:
+            self._sharing.reconfigured(self.args, args)
+        self.args = args
+        self._by_session = args.policy == "session"
+        self._by_prefix = args.policy == "prefix_aware"
+        self.resumes = args.resume_streams
+        self.fleet.reconfigure(args)
+        self._choose_looks()
+
+    def forget_prefixes(self) -> None:
+        """The workers' prefix caches are empty."""
+        index = self.fleet.dispatch.index
+        if index is not None:
+            index.clear()
+            if self._sharing is not None:
+                self._sharing.forgot()
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -185,8 +297,8 @@ class Router:
         seen = self._peek(request)
         session = blocks = None
         if self._by_session or self._by_prefix:
-            given = seen.session_id if request.session is None else request.session.decode("latin-1")
-            session = None if given is None else session_key(given)
+            given = seen.session if request.session is None else request.session.decode("latin-1")
+            session = session_key(given) if given else None  # an empty one is none
         if self._by_prefix and session is None:
             blocks = blocks_of(seen)
         model = self._model(request, seen) if self._several_models else None
@@ -231,7 +343,7 @@ class Router:
             return None
 
         def begin(exchange: Exchange) -> None:
-            self.spawn(ResumedStream(self, request, found, exchange).run())
+            self.spawn(self.make_resumed(self, request, found, exchange).run())
 
         return begin
 
@@ -252,6 +364,8 @@ class Router:
             if any(endpoint.up for endpoint in self.fleet.endpoints):
                 raise Refused(429, f"no slot became free in {limit:.3g} s", retry_after=1) from None
             raise Refused(503, f"no worker was up for {limit:.3g} s", retry_after=1) from None
+        finally:
+            attempts.queued += clock() - began
         self.statistics.queued.observe(clock() - began)
         return endpoint
 
@@ -260,7 +374,12 @@ class Router:
     def add(self, url: str) -> None:
         """A worker joins. Raises ConfigError."""
         self.fleet.add(url)
-        self.spawn(self._look_at_all())
+        self.look()
+
+    def look(self) -> None:
+        """Looks at the workers now."""
+        if self._sharing is None or self._sharing.leads:
+            self.spawn(self._look_at_all())
 
     async def leave(self, url: str, timeout: float | None) -> bool:
         """A worker drains and leaves; whether nothing of it was cut off. Raises ConfigError."""
@@ -277,7 +396,8 @@ class Router:
     async def _keep(self) -> None:
         """Looks at each worker's health and models, for ever."""
         while True:
-            await self._look_at_all()
+            if self._sharing is None or self._sharing.leads:
+                await self._look_at_all()
             await asyncio.sleep(self.args.health_check_interval_secs)
 
     async def _look_at_all(self) -> None:
@@ -298,6 +418,8 @@ class Router:
             if failures >= self.args.health_failure_threshold and endpoint.health.state is State.UP:
                 endpoint.health.refuse(error, fleet.clock())
                 fleet.dispatch.refresh(endpoint)
+                if self._sharing is not None:
+                    self._sharing.seen(endpoint, error=str(error))
             return
         self._failures[endpoint] = 0
         try:
@@ -307,12 +429,19 @@ class Router:
             cards = msgspec.json.decode(response.body, type=_Models).data
         except (PenstockError, msgspec.DecodeError):
             return
+        if self._sharing is not None:
+            self._sharing.seen(endpoint, models=cards)
+        self.serves(endpoint, cards)
+
+    def serves(self, endpoint: Endpoint, cards: list[dict[str, Any]]) -> None:
+        """What a worker serves."""
         assert isinstance(endpoint.transport, EngineTransport)
         names = frozenset(str(card.get("id")) for card in cards)
         self._models[endpoint] = cards
         if endpoint.transport.models != names:
             endpoint.transport.models = names
-            fleet.dispatch.refresh(endpoint)
+            self.fleet.dispatch.refresh(endpoint)
+            self._choose_looks()
 
     def _choose_looks(self) -> None:
         """Bodies are looked into where that decides something."""

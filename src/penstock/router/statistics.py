@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 BUCKETS: Final = 24
@@ -37,6 +38,7 @@ class WorkerStatistics:
         "bytes_sent",
         "first_byte",
         "latency",
+        "openings",
         "responses",
         "retries",
         "transport_errors",
@@ -49,6 +51,8 @@ class WorkerStatistics:
         """Attempts that brought no whole response."""
         self.retries = 0
         """Attempts that failed here and were followed by another."""
+        self.openings = 0
+        """Times its breaker opened."""
         self.bytes_sent = 0
         """Bytes of request bodies to the engine."""
         self.bytes_received = 0
@@ -59,12 +63,57 @@ class WorkerStatistics:
         """From the request sent to the head of its response."""
 
 
+class StreamCounting:
+    """Counts the attempts of a stream that survives its engine, each at its worker."""
+
+    __slots__ = ("_began", "_clock", "_counts", "_received", "_silent")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._counts: WorkerStatistics | None = None
+        self._began = 0.0
+        self._received = 0
+        self._silent = True
+        """No byte of this attempt's response has come."""
+
+    def begin(self, counts: WorkerStatistics) -> None:
+        """An attempt begins at the worker these counts are of; one that was under way has failed."""
+        if self._counts is not None:
+            self._counts.retries += 1
+            self.failed()
+        self._counts, self._began, self._silent = counts, self._clock(), True
+
+    def arrived(self, received: int) -> None:
+        """So many bytes of responses have come so far, those of earlier attempts among them."""
+        counts = self._counts
+        assert counts is not None
+        if self._silent:
+            self._silent = False
+            counts.first_byte.observe(self._clock() - self._began)
+        counts.bytes_received += received - self._received
+        self._received = received
+
+    def ended(self) -> None:
+        """The stream is complete."""
+        counts, self._counts = self._counts, None
+        if counts is not None:
+            counts.latency.observe(self._clock() - self._began)
+            counts.responses[2] += 1
+
+    def failed(self) -> None:
+        """The attempt has failed, if one is under way."""
+        counts, self._counts = self._counts, None
+        if counts is not None:
+            counts.transport_errors += 1
+
+
 class RouterStatistics:
     """Of the whole router."""
 
     __slots__ = (
         "broken",
         "cancelled",
+        "given_up",
         "queue_full",
         "queue_timeouts",
         "queued",
@@ -79,7 +128,11 @@ class RouterStatistics:
         self.queued = Histogram()
         """Seconds that requests waited for a slot, of those that had to."""
         self.queue_full = 0
+        """Requests refused because the queue was full."""
         self.queue_timeouts = 0
+        """Requests that waited too long for a slot."""
+        self.given_up = 0
+        """Requests the router answered with an error because no worker had a response."""
         self.refused = 0
         """Requests without a valid key, or malformed."""
         self.cancelled = 0

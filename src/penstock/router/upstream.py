@@ -13,23 +13,22 @@ from __future__ import annotations
 import ssl
 from asyncio import AbstractEventLoop
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Any, Protocol
 
 import httptools
 
 from penstock.errors import ConnectionLost, MalformedResponse, PenstockError
 from penstock.router.heads import (
-    CONNECTION,
-    CONTENT_ENCODING,
     CONTENT_LENGTH,
-    CONTENT_TYPE,
-    KIND,
-    PASS,
-    RETRY_AFTER,
+    END,
+    NO_BODY,
+    REQUEST_ID,
     TRANSFER_ENCODING,
-    learn,
-    without_named,
+    Cut,
+    KnownHeads,
+    cut,
 )
+from penstock.router.responses import ResponseHead
 from penstock.router.statistics import WorkerStatistics
 from penstock.wire.address import Address
 from penstock.wire.connection import (
@@ -45,14 +44,17 @@ from penstock.wire.connection import (
 from penstock.wire.pool import Pool, PoolStatistics
 from penstock.wire.stream import Stream
 
-_PASSING: Final = frozenset({PASS, CONTENT_TYPE, CONTENT_ENCODING, RETRY_AFTER})
-
 
 class Sink(Protocol):
     """Takes one response."""
 
+    @property
+    def complete(self) -> bool:
+        """All of the request has been given to the connection: else it is of no use to others."""
+        ...
+
     def headed(self, connection: EngineConnection) -> None:
-        """The head has arrived: `status`, `fields`, `length`."""
+        """The head has arrived: `head` and `length`."""
         ...
 
     def arrived(self, parts: list[bytes], *, complete: bool) -> None:
@@ -60,7 +62,7 @@ class Sink(Protocol):
         ...
 
     def ended(self) -> None:
-        """The response is complete; the connection is free for others."""
+        """The response is complete."""
         ...
 
     def failed(self, error: PenstockError) -> None:
@@ -75,33 +77,31 @@ class Sink(Protocol):
 
 
 class EngineConnection(Connection):
-    """One connection to an engine, relaying one response at a time."""
+    """One connection to an engine, relaying one response at a time.
 
-    __slots__ = (
-        "_chunked",
-        "_complete_response",
-        "_headed",
-        "_nominated",
-        "fields",
-        "length",
-        "retry_after",
-        "sink",
-        "sse",
-        "status",
-    )
+    A response is parsed, unless it begins with a head that is known: then its body is only counted, and the
+    parser stays where it was, between two responses.
+    """
+
+    __slots__ = ("_cut", "_headed", "_heads", "_id", "_left", "_whole", "head", "length", "sink")
 
     def __init__(self, owner: Owner, loop: AbstractEventLoop, peer: str) -> None:
         super().__init__(owner, loop, peer)
+        assert isinstance(owner, RelayPool)
+        self._heads = owner.heads
         self.sink: Sink | None = None
-        self.status = 0
-        self.fields: list[bytes] = []
-        """Header fields that pass: name, separator, value and line end in turn."""
-        self.length: bytes | None = None
+        self.head = ResponseHead()
+        self.length: int | None = None
         """The value of content-length, None: the body is chunked or ends with the connection."""
-        self.sse = False
-        self.retry_after: bytes | None = None
-        self._nominated: list[bytes] = []
-        self._complete_response = self._headed = self._chunked = False
+        self._id: bytes | None = None
+        self._cut: Cut | None = None
+        """Set while just these bytes are parsed, from the beginning of a response."""
+        self._headed = False
+        """The sink has been given the head."""
+        self._whole = False
+        """The parser has come to the end of the response."""
+        self._left: int | None = None
+        """Bytes missing of a body that is only counted."""
         self.on_header = self._field
         self._parser = httptools.HttpResponseParser(self)
 
@@ -115,10 +115,8 @@ class EngineConnection(Connection):
         self.since = self._clock()
         self._received = 0
         self._bodyless = bodyless
-        self._begun = self._head_done = self._headed = self._complete_response = False
-        self._chunked = self.sse = False
-        self.length = self.retry_after = None
-        self.fields = []
+        self._begun = self._head_done = self._headed = self._whole = False
+        self._left = None
         if len(body) < LARGE_BODY:
             transport.write(head + body)
         else:
@@ -130,6 +128,10 @@ class EngineConnection(Connection):
         if self._transport is not None:
             self.since = self._clock()
             self._transport.write(data)
+
+    @property
+    def status(self) -> int:
+        return self.head.status
 
     @property
     def choked(self) -> bool:
@@ -150,14 +152,62 @@ class EngineConnection(Connection):
             self.abort()  # nobody has asked
             return
         self.since = self._clock()
+        first = not self._received
         self._received += len(data)
+        if self._left is not None:
+            self._count(sink, data, self._left)
+        elif first and not self._bodyless:
+            self._read(sink, data)
+        elif self._feed(data):
+            self._pass_on(sink)
+
+    def _read(self, sink: Sink, data: bytes) -> None:
+        """The beginning of a response."""
+        found = self._heads.find(data)
+        if found is not None:
+            self.head, end, self.length, _ = found
+            assert self.length is not None
+            self._keep_alive = self.head.keep_alive
+            self._head_done = self._headed = True
+            sink.headed(self)
+            self._count(sink, data[end:], self.length)
+            return
+        end = data.find(END) + len(END)
+        if end >= len(END):
+            self._cut = cut(data[:end])
+            good = self._feed(data[:end])
+            self._cut = None
+            if not good:
+                return
+            data = data[end:]
+        if not data or self._feed(data):
+            self._pass_on(sink)
+
+    def _count(self, sink: Sink, data: bytes, left: int) -> None:
+        """Passes on so much of a body of which `left` bytes were missing."""
+        self._left = left - len(data)
+        if self._left > 0:
+            sink.arrived([data], complete=False)
+        else:
+            if self._left < 0:
+                self._keep_alive = False  # nobody asked for more
+                data = data[:left]
+            self._end(sink, [data])
+
+    def _feed(self, data: bytes) -> bool:
+        """Parses; whether it is still a response."""
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._keep_alive = False
-            if not self._complete_response:
-                self._fail(MalformedResponse(f"{self._peer} sent what is not an HTTP response: {error}"))
-                return
+            if not self._whole:
+                why = error.__context__ or error
+                self._fail(MalformedResponse(f"{self._peer} sent what is not an HTTP response: {why}"))
+                return False
+        return True
+
+    def _pass_on(self, sink: Sink) -> None:
+        """What the parser has found in the last piece of data."""
         fresh = not self._headed
         if fresh:
             if not self._head_done:
@@ -166,8 +216,8 @@ class EngineConnection(Connection):
                 return
             self._headed = True
             sink.headed(self)
-        if self._complete_response:
-            self._end(sink)
+        if self._whole:
+            self._end(sink, self._parts)
         elif self._parts or fresh:
             sink.arrived(self._parts, complete=False)
             self._parts.clear()
@@ -178,7 +228,7 @@ class EngineConnection(Connection):
         sink = self.sink
         if sink is None:
             return
-        if exc is None and self._head_done and self._ends_with_connection():
+        if exc is None and self._head_done and self.length is None and not self.head.chunked:
             self.sink = None
             sink.arrived([], complete=True)
             sink.ended()
@@ -211,63 +261,63 @@ class EngineConnection(Connection):
 
     # -- the parser's side ------------------------------------------------------------------------
 
+    def on_message_begin(self) -> None:
+        self._begun = True
+        if not self._head_done:  # else it is a second response to one request
+            self.head = ResponseHead()
+            self.length = self._id = None
+
     def _field(self, name: bytes, value: bytes) -> None:
-        kind = KIND.get(name, -1)
-        if kind < 0:
-            kind = learn(name)
-        if kind == PASS:
-            self.fields += (name, b": ", value, b"\r\n")
-        elif kind in _PASSING:
-            self.fields += (name, b": ", value, b"\r\n")
-            if kind == CONTENT_TYPE:
-                self.sse = value[:17].lower() == b"text/event-stream"
-            elif kind == RETRY_AFTER:
-                self.retry_after = value
-        elif kind == CONTENT_LENGTH:
-            self.length = value
-        elif kind == TRANSFER_ENCODING:
-            self._chunked = True
-        elif kind == CONNECTION and value.lower() not in (b"keep-alive", b"close"):
-            self._nominated.append(value)
+        if self._head_done:
+            return  # a trailer
+        kind = self.head.add(name, value)
+        if kind == CONTENT_LENGTH:
+            self.length = int(value)
+        elif kind == TRANSFER_ENCODING and value.lower() != b"chunked":
+            raise MalformedResponse("its transfer coding is not chunked")
+        elif kind == REQUEST_ID:
+            self._id = value
 
     def on_headers_complete(self) -> None:
-        parser = self._parser
-        status = self.status = parser.get_status_code()
+        if self._head_done:
+            raise MalformedResponse("a second response to one request")
+        parser, head = self._parser, self.head
+        status = parser.get_status_code()
         if status < 200:
+            if status < 100:
+                raise MalformedResponse(f"its status is {status}")
             return
-        self._keep_alive = parser.should_keep_alive()
         self._head_done = True
-        if self._nominated:
-            self.fields = without_named(self.fields, self._nominated)
-            self._nominated = []
+        self._keep_alive = parser.should_keep_alive()
+        head.finish(status, keep_alive=self._keep_alive)
         if self._bodyless:
-            self._complete_response = True
+            self._whole = True
             self._keep_alive = False  # the parser cannot be told that no body follows
+        elif self._cut is not None and self.length is not None and status not in NO_BODY:
+            self._heads.remember(self._cut, self.length, self._id, head)
 
     def on_message_complete(self) -> None:
         self._begun = False
-        if self.status < 200:
-            self.fields = []
-            self.length = None
-        elif self._complete_response:
+        if self._whole:
             self._keep_alive = False  # a second response to one request, or a body where none may be
-        else:
-            self._complete_response = True
+        elif self._head_done:
+            self._whole = True
 
     # -- outcomes ---------------------------------------------------------------------------------
 
-    def _end(self, sink: Sink) -> None:
+    def _end(self, sink: Sink, parts: list[bytes]) -> None:
         transport = self._transport
         assert transport is not None
         self.served += 1
-        sink.arrived(self._parts, complete=True)
-        self._parts.clear()
+        sink.arrived(parts, complete=True)
+        parts.clear()
         self.sink = None
         if not transport.is_reading() and not transport.is_closing():
             transport.resume_reading()
         if (
             self._keep_alive
             and not self._begun
+            and sink.complete
             and transport.get_write_buffer_size() == 0
             and not transport.is_closing()
         ):
@@ -284,12 +334,13 @@ class EngineConnection(Connection):
         if sink is not None:
             sink.failed(error)
 
-    def _ends_with_connection(self) -> bool:
-        return self.length is None and not self._chunked
-
 
 class RelayPool(Pool):
     """Connections for relaying to one engine."""
+
+    def __init__(self, address: Address, **options: Any) -> None:
+        super().__init__(address, connection_type=EngineConnection, **options)
+        self.heads: KnownHeads[ResponseHead] = KnownHeads()
 
     def reuse(self) -> EngineConnection | None:
         """An idle connection, if there is one."""
@@ -321,7 +372,6 @@ class EngineTransport:
             timeouts=timeouts,
             ssl_context=ssl_context,
             source_addresses=source_addresses,
-            connection_type=EngineConnection,
         )
         self.counts = WorkerStatistics()
         self.models: frozenset[str] | None = None

@@ -37,20 +37,6 @@ class Outlet(Protocol):
         ...
 
 
-class Accepted(Protocol):
-    """What the server asks of an accepted connection."""
-
-    def retire(self) -> None:
-        """Close now, or as soon as the response in flight has ended."""
-        ...
-
-    def abort(self) -> None: ...
-
-    def sweep(self, now: float) -> None:
-        """Close if the present state has lasted too long."""
-        ...
-
-
 class Request:
     """One complete request. Header names are lower-case; of a repeated header the last one counts."""
 
@@ -178,7 +164,7 @@ class Exchange:
         self.on_disconnect = None
         connection.exchange_ended(close)
 
-    def lose(self) -> None:
+    def lost(self) -> None:
         """The client has gone: called by the connection."""
         self._connection = None
         callback, self.on_disconnect = self.on_disconnect, None

@@ -73,6 +73,8 @@ class ChatChoice(msgspec.Struct, gc=False):
     matched_stop: str | int | None = None
     """SGLang's name of `stop_reason`."""
     token_ids: tuple[int, ...] | None = None
+    weight_versions: tuple[tuple[int, int], ...] | None = None
+    """The embedded engine's, where it is asked with `return_weight_versions`."""
     logprobs: ChatLogprobs | None = None
 
 
@@ -92,6 +94,7 @@ class TextChoice(msgspec.Struct, gc=False):
     matched_stop: str | int | None = None
     token_ids: tuple[int, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    weight_versions: tuple[tuple[int, int], ...] | None = None
     logprobs: TextLogprobs | None = None
 
 
@@ -218,6 +221,7 @@ def _chat_sample(answer: ChatCompletion, choice: ChatChoice, usage: Usage, origi
         token_ids=choice.token_ids,
         prompt_token_ids=answer.prompt_token_ids,
         logprobs=None if logprobs is None else tuple([number(token.logprob) for token in logprobs]),
+        weight_versions=choice.weight_versions,
         usage=usage,
         model=answer.model,
         request_id=answer.id,
@@ -254,6 +258,7 @@ def _text_sample(answer: TextCompletion, choice: TextChoice, usage: Usage, origi
         token_ids=choice.token_ids,
         prompt_token_ids=choice.prompt_token_ids,
         logprobs=None if logprobs is None else tuple([number(value) for value in logprobs]),
+        weight_versions=choice.weight_versions,
         usage=usage,
         model=answer.model,
         request_id=answer.id,

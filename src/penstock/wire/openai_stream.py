@@ -55,6 +55,7 @@ class StreamChoice(msgspec.Struct):
     matched_stop: str | int | None = None
     token_ids: tuple[int, ...] | None = None
     prompt_token_ids: tuple[int, ...] | None = None
+    weight_versions: tuple[tuple[int, int], ...] | None = None
     logprobs: msgspec.Raw = msgspec.Raw()
 
 
@@ -96,6 +97,8 @@ class Partial:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.prompt_token_ids: tuple[int, ...] | None = None
+        self.weight_versions: list[tuple[int, int]] = []
+        """As in a sample; of tokens that were dropped and made again the later entry counts."""
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.usage: Usage | None = None
@@ -170,6 +173,7 @@ class Partial:
             token_ids=tuple(self.token_ids) if self.has_token_ids and self.token_ids else None,
             prompt_token_ids=self.prompt_token_ids,
             logprobs=tuple(self.logprobs) or None,
+            weight_versions=tuple(self.weight_versions) or None,
             usage=self.usage or Usage(),
             model=self.model,
             request_id=self.id,
@@ -189,6 +193,9 @@ class Partial:
             self._held_ids += choice.token_ids
         elif text or reasoning:
             self.has_token_ids = False
+        if choice.weight_versions is not None:
+            before = self._tokens_before  # those of a continuation are counted from its own first token
+            self.weight_versions += [(first + before, version) for first, version in choice.weight_versions]
         if bytes(choice.logprobs) not in _NOTHING:
             self._held_logprobs += _logprobs(choice.logprobs, chat=choice.delta is not None)
         if choice.finish_reason is not None:

@@ -1,0 +1,1 @@
+"""RL rollouts: groups of samples with rewards, from a policy whose weights change meanwhile."""
