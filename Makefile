@@ -4,10 +4,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow soak test-engines lint format check bench clean
+.PHONY: demo demo-rl test test-slow soak test-engines lint format check bench clean
 
 demo: .venv/.engine
 	$(BIN)/penstock demo
+
+demo-rl: .venv/.engine
+	$(BIN)/penstock train --demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not engines and not soak"
@@ -41,7 +44,7 @@ bench: .venv/.bench
 	$(BIN)/python bench/tokens.py
 
 clean:
-	rm -rf .venv build demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo-out demo-rl-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/.created:
 	$(PYTHON) -c 'import sys; sys.exit("penstock needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'

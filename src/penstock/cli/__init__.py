@@ -20,6 +20,7 @@ COMMANDS = {
     "route": "one address for many engines: relays, balances, retries",
     "engine": "serve a checkpoint folder with the embedded engine, behind the OpenAI API",
     "doctor": "look at this machine: limits, ports, memory, GPUs, versions; says what to change",
+    "train": "reinforcement learning of the shipped model on this machine: engines, rollouts, learner",
     "demo": "a small dataset through the embedded engine with the shipped model, and its answers checked",
 }
 
