@@ -64,7 +64,7 @@ def test_imports_point_one_way() -> None:
             elif part == "__init__":
                 assert imported in EXPORTED, f"{path} imports {imported}"
             elif imported == "engine":
-                assert part in ("cli", "learner"), f"{path} imports the engine, which runs in a process of its own"
+                assert part in ("cli", "learner"), f"{path} imports the engine: it has a process of its own"
             else:
                 assert rank[imported] <= rank[part], f"{path} imports {imported}, which lies above it"
 
