@@ -15,13 +15,14 @@ PACKAGE = Path(penstock.__file__).parent
 LAYERS = [
     {"errors", "sample", "prompt", "models"},
     {"wire"},
+    {"scripted"},
     {"continuation", "fleet"},
     {"stream"},
     {"client", "control"},
     {"sync_client"},
     {"servers", "demo"},
-    {"batch", "router", "rollout", "scripted", "viewer"},
-    {"learner", "loadtest"},
+    {"batch", "router", "rollout"},
+    {"learner", "loadtest", "viewer"},
     {"cli", "__main__"},
 ]
 """A part may import its own layer's parts and those before it."""

@@ -71,7 +71,7 @@ def loud() -> float:
 
 def babble() -> float:
     """Writes into the worker's own socket."""
-    for descriptor in range(3, 30):
+    for descriptor in range(3, 1000):
         try:
             with socket.socket(fileno=os.dup(descriptor)) as found:
                 found.send(b"\0\0\0\5hello")

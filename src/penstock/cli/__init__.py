@@ -16,9 +16,12 @@ from penstock.errors import ConfigError, PenstockError
 
 COMMANDS = {
     "generate": "reasoning traces for a dataset: JSONL in, JSONL out, resumable",
+    "view": "browse, search and filter traces in a web page on this machine",
+    "status": "what is done, failed and owed of a job, running or not",
+    "top": "a running job from another terminal: rows, rates, time left",
     "serve": "start engines, watch and restart them, with the router in front if asked for",
     "route": "one address for many engines: relays, balances, retries",
-    "engine": "serve a checkpoint folder with the embedded engine, behind the OpenAI API",
+    "engine": "serve a checkpoint folder behind the OpenAI API; with --scripted no model at all, for tests",
     "doctor": "look at this machine: limits, ports, memory, GPUs, versions; says what to change",
     "train": "reinforcement learning of the shipped model on this machine: engines, rollouts, learner",
     "demo": "a small dataset through the embedded engine with the shipped model, and its answers checked",

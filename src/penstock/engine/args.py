@@ -17,7 +17,10 @@ from penstock.errors import PenstockError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineArgs:
-    """Serve a checkpoint folder over the OpenAI API."""
+    """Serve a checkpoint folder over the OpenAI API.
+
+    With --scripted instead of --model there is no model: see penstock engine --scripted --help.
+    """
 
     engine: Annotated[EngineConfig, tyro.conf.arg(name="")]
     server: Annotated[ServerOptions, tyro.conf.arg(name="")] = field(default_factory=ServerOptions)

@@ -363,7 +363,9 @@ class Router:
             self.statistics.queue_timeouts += 1
             if any(endpoint.up for endpoint in self.fleet.endpoints):
                 raise Refused(429, f"no slot became free in {limit:.3g} s", retry_after=1) from None
-            raise Refused(503, f"no worker was up for {limit:.3g} s", retry_after=1) from None
+            errors = (endpoint.health.error for endpoint in self.fleet.endpoints)
+            why = next((f": {error}" for error in errors if error is not None), "")
+            raise Refused(503, f"no worker was up for {limit:.3g} s{why}", retry_after=1) from None
         finally:
             attempts.queued += clock() - began
         self.statistics.queued.observe(clock() - began)

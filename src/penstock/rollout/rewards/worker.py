@@ -152,6 +152,7 @@ def _confine(setup: Setup) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, which then ends its workers
     os.dup2(2, 1)
+    sys.stdout = sys.stderr  # and at once: what is still in a buffer when the process is killed is lost
     try:
         with socket.socket(fileno=int(sys.argv[1])) as connection:
             _Worker(connection).run()
