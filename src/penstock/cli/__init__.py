@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": "start engines, watch and restart them, with the router in front if asked for",
     "route": "one address for many engines: relays, balances, retries",
     "engine": "serve a checkpoint folder behind the OpenAI API; with --scripted no model at all, for tests",
+    "bench": "load tests: engine, router and client under the same requests, what each layer adds",
     "doctor": "look at this machine: limits, ports, memory, GPUs, versions; says what to change",
     "train": "reinforcement learning of the shipped model on this machine: engines, rollouts, learner",
     "demo": "a small dataset through the embedded engine with the shipped model, and its answers checked",
