@@ -263,15 +263,28 @@ def test_each_token_knows_the_weights_that_made_it(
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_versions_are_streamed_with_their_tokens(fresh: Running, other: Path, path: str) -> None:
-    """While two samples run on through a replacement."""
+    """While two samples run on through a replacement; on a busy machine they may be too fast for it."""
     prompt: dict[str, Any] = {"prompt": "a"} if path == COMPLETIONS else {"messages": [{"role": "user"}]}
     body = prompt | {"n": 2, "seed": 1, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    request = Posted(fresh, path, body | {"return_weight_versions": True, "return_token_ids": True})
-    fresh.wait_until(lambda: fresh.metric("generation_tokens_total") > 20, "a few tokens")
-    assert reload(fresh, other)[0] == 200
-    request.join(30)
+    for before in range(5):
+        enough = fresh.metric("generation_tokens_total") + 20
+        request = Posted(fresh, path, body | {"return_weight_versions": True, "return_token_ids": True})
+        while fresh.metric("generation_tokens_total") < enough and request.is_alive():
+            pass
+        assert reload(fresh, other)[0] == 200
+        request.join(30)
+        samples = streamed_versions(request.content)
+        for made_by in samples:
+            assert made_by == sorted(made_by) and set(made_by) <= {before, before + 1}
+        if all(len(set(made_by)) == 2 for made_by in samples):
+            return
+    raise AssertionError("no sample ran through a replacement")
+
+
+def streamed_versions(content: bytes) -> list[list[int]]:
+    """Of the 400 tokens of each of two samples, by their events, each of which is checked."""
     counts, versions = [0, 0], [[], []]  # type: tuple[list[int], list[list[int]]]
-    for event in request.content.decode().split("\n\n")[:-2]:
+    for event in content.decode().split("\n\n")[:-2]:
         (choice,) = json.loads(event.removeprefix("data: "))["choices"]
         index, ids = choice["index"], choice.get("token_ids") or []
         spans = choice.get("weight_versions", [])
@@ -281,9 +294,8 @@ def test_versions_are_streamed_with_their_tokens(fresh: Running, other: Path, pa
             assert first == len(versions[index])
             versions[index] += [number] * (until - first)
         counts[index] += len(ids)
-    assert counts == [400, 400]
-    for made_by in versions:
-        assert made_by == sorted(made_by) and set(made_by) == {0, 1} and len(made_by) == 400
+    assert counts == [400, 400] == [len(made_by) for made_by in versions]
+    return versions
 
 
 def test_versions_are_given_only_when_asked_for(server: Running) -> None:
