@@ -53,6 +53,20 @@ def test_a_connection_is_reused_last_in_first_out() -> None:
     run(main())
 
 
+def test_who_waits_to_connect_takes_what_has_become_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.wire.pool.CONNECTING", 1)
+
+    async def main() -> None:
+        async with ScriptedEngine() as engine:
+            pool = Pool(Address.parse(engine.url))
+            answers = await asyncio.gather(*(pool.request(HEAD) for _ in range(40)))
+            assert {answer.status for answer in answers} == {200}
+            assert pool.statistics().opened < 20
+            await pool.close()
+
+    run(main())
+
+
 def test_idle_connections_are_closed_by_the_client_first() -> None:
     async def main() -> None:
         async with ScriptedEngine() as engine:

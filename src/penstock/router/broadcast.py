@@ -186,7 +186,7 @@ class Broadcast(Relay):
         transport = leg.engine.endpoint.transport
         assert isinstance(transport, EngineTransport)
         try:
-            leg.connection = await transport.relay.connect()
+            leg.connection = await transport.relay.connect(fresh=True)
         except PenstockError as error:
             leg.failed(error)
 

@@ -224,7 +224,7 @@ class Relay:
             assert isinstance(transport, EngineTransport)
             try:
                 connection = None if fresh else transport.relay.reuse()
-                connection = connection or await transport.relay.connect()
+                connection = connection or await transport.relay.connect(fresh=fresh)
             except PenstockError as error:
                 transport.counts.transport_errors += 1
                 self.unreached(endpoint, error)

@@ -348,9 +348,10 @@ class RelayPool(Pool):
         assert connection is None or isinstance(connection, EngineConnection)
         return connection
 
-    async def connect(self) -> EngineConnection:
-        """A new connection. Raises ConnectFailed, PhaseTimeout, and ConfigError once the pool is closed."""
-        connection = await self._connect()
+    async def connect(self, *, fresh: bool) -> EngineConnection:
+        """A new connection, or unless it has to be fresh one that has become idle meanwhile. Raises
+        ConnectFailed, PhaseTimeout, and ConfigError once the pool is closed."""
+        connection = await self._connect(fresh=fresh)
         assert isinstance(connection, EngineConnection)
         return connection
 

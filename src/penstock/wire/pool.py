@@ -109,7 +109,7 @@ class Pool:
             connection.discard(waiter)
             raise
         self._resent += 1
-        connection = await self._connect()
+        connection = await self._connect(fresh=True)
         waiter = connection.send(head, body)
         try:
             return await waiter
@@ -134,7 +134,7 @@ class Pool:
             stream.close()
             raise
         self._resent += 1
-        connection = await self._connect()
+        connection = await self._connect(fresh=True)
         stream = connection.stream(head, body)
         try:
             await stream.begun()
@@ -208,10 +208,13 @@ class Pool:
             connection.abort()
         self._timer = self._loop.call_later(self._tick, self._sweep) if self._open else None
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, *, fresh: bool = False) -> Connection:
+        """A new connection, or unless it has to be fresh one that has become idle before its turn came."""
         failures = self._failures
         async with self._turns:
             self._check_open()
+            if not fresh and (idle := self._reuse()) is not None:
+                return idle
             if self._failure is not None and self._failures != failures:
                 # One failed while this one waited for its turn: waiting out each in line would add up.
                 raise _again(self._failure)
