@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo demo-rl test test-slow soak test-engines lint format check bench clean
+.PHONY: demo demo-rl test test-slow fuzz soak test-engines lint format check bench clean
 
 demo: .venv/.engine
 	$(BIN)/penstock demo
@@ -17,6 +17,11 @@ test: .venv/.dev
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+# The property tests with examples of its own at every run, ten times as many.
+fuzz: .venv/.dev
+	PENSTOCK_HYPOTHESIS=fuzz $(BIN)/python -m pytest -n 2 -m "not slow and not engines and not soak" \
+		$$(grep -rl --include='test_*.py' hypothesis tests)
 
 soak: .venv/.dev
 	$(BIN)/python -m pytest -m soak

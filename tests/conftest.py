@@ -6,8 +6,11 @@ import os
 
 from hypothesis import settings
 
-settings.register_profile("penstock", deadline=None, print_blob=True)
-settings.load_profile("penstock")
+# The suite tries the same examples at every run, so that a change that is not at fault cannot turn it red;
+# `make fuzz` tries new ones.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("fuzz", deadline=None, print_blob=True, max_examples=1000)
+settings.load_profile(os.environ.get("PENSTOCK_HYPOTHESIS", "suite"))
 
 # Workers share the cores: torch's own threads would only make them wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
