@@ -40,8 +40,8 @@ def pool_of(engine: ScriptedEngine, **settings: float) -> Pool:
 def resolving_to(pool: Pool, *hosts: str) -> None:
     """Makes the pool believe that its host has these addresses."""
     families = [socket.AF_INET6 if ":" in host else socket.AF_INET for host in hosts]
-    pool._dialer._resolved = list(zip(families, hosts, strict=True))
-    pool._dialer._resolved_at = asyncio.get_running_loop().time()
+    pool._connector._dialer._resolved = list(zip(families, hosts, strict=True))
+    pool._connector._dialer._resolved_at = asyncio.get_running_loop().time()
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import pytest
 from penstock.errors import ConfigError, ConnectFailed, ConnectionLost, MalformedResponse, PhaseTimeout
 from penstock.wire.address import Address
 from penstock.wire.connection import Timeouts
+from penstock.wire.connector import CONNECTING
 from penstock.wire.loop import raise_open_files
-from penstock.wire.pool import CONNECTING, Pool
+from penstock.wire.pool import Pool
 from tests.scripted import (
     Call,
     ScriptedEngine,
@@ -54,7 +55,7 @@ def test_a_connection_is_reused_last_in_first_out() -> None:
 
 
 def test_who_waits_to_connect_takes_what_has_become_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.wire.pool.CONNECTING", 1)
+    monkeypatch.setattr("penstock.wire.connector.CONNECTING", 1)
 
     async def main() -> None:
         async with ScriptedEngine() as engine:

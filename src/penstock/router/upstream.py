@@ -351,7 +351,7 @@ class RelayPool(Pool):
     async def connect(self, *, fresh: bool) -> EngineConnection:
         """A new connection, or unless it has to be fresh one that has become idle meanwhile. Raises
         ConnectFailed, PhaseTimeout, and ConfigError once the pool is closed."""
-        connection = await self._connect(fresh=fresh)
+        connection = await self._connector.connection(fresh=fresh)
         assert isinstance(connection, EngineConnection)
         return connection
 

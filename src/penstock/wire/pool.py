@@ -19,16 +19,15 @@ from typing import Final
 
 import msgspec
 
-from penstock.errors import ConfigError, ConnectFailed, ConnectionLost, PhaseTimeout, TransportError
+from penstock.errors import ConnectionLost
 from penstock.wire.address import Address
 from penstock.wire.connection import MAX_RESPONSE, Connection, Response, Timeouts
-from penstock.wire.dial import Dialer, reason_of
+from penstock.wire.connector import Connector
+from penstock.wire.dial import Dialer
 from penstock.wire.stream import Stream
 
 KEEP_ALIVE: Final = 4.0
 """Seconds an idle connection is kept: less than uvicorn's 5, so that the client closes first."""
-CONNECTING: Final = 128
-"""Connections being made at a time: thousands at once would overflow the server's listen queue."""
 MAX_TICK: Final = 0.5
 """Seconds between two looks at the deadlines."""
 CLOSE_ROUNDS: Final = 1000
@@ -72,13 +71,11 @@ class Pool:
         self.max_response = max_response
         self.keep_alive = keep_alive
         self._loop = asyncio.get_running_loop()
-        self._dialer = Dialer(address, self, self._loop, ssl_context, source_addresses, connection_type)
+        dialer = Dialer(address, self, self._loop, ssl_context, source_addresses, connection_type)
+        self._connector = Connector(address, dialer, self.timeouts.connect, self._spare)
         self._clock = self._loop.time
         self._open: dict[Connection, None] = {}
         self._idle: dict[Connection, None] = {}
-        self._turns = asyncio.Semaphore(CONNECTING)
-        self._failures = 0
-        self._failure: TransportError | None = None
         self._opened = 0
         self._resent = 0
         self._closed = False
@@ -98,7 +95,7 @@ class Pool:
         `head` is the request line and the headers, without content-length and without the empty line.
         Raises ConnectFailed, ConnectionLost, PhaseTimeout or MalformedResponse.
         """
-        connection = self._reuse() or await self._connect()
+        connection = self._reuse() or await self._connector.connection()
         waiter = connection.send(head, body)
         try:
             return await waiter
@@ -109,7 +106,7 @@ class Pool:
             connection.discard(waiter)
             raise
         self._resent += 1
-        connection = await self._connect(fresh=True)
+        connection = await self._connector.connection(fresh=True)
         waiter = connection.send(head, body)
         try:
             return await waiter
@@ -122,7 +119,7 @@ class Pool:
 
         The stream is to be read to its end or closed. Raises as `request`.
         """
-        connection = self._reuse() or await self._connect()
+        connection = self._reuse() or await self._connector.connection()
         stream = connection.stream(head, body)
         try:
             await stream.begun()
@@ -134,7 +131,7 @@ class Pool:
             stream.close()
             raise
         self._resent += 1
-        connection = await self._connect(fresh=True)
+        connection = await self._connector.connection(fresh=True)
         stream = connection.stream(head, body)
         try:
             await stream.begun()
@@ -154,6 +151,7 @@ class Pool:
     async def close(self) -> None:
         """Closes every connection. Requests in flight and open streams end with ConnectionLost."""
         self._closed = True
+        self._connector.close()
         if self._timer is not None:
             self._timer.cancel()
         for connection in list(self._open):
@@ -174,7 +172,7 @@ class Pool:
     def released(self, connection: Connection) -> None:
         if self._closed:
             connection.abort()
-        else:
+        elif not self._connector.offer(connection):
             self._idle[connection] = None
 
     def lost(self, connection: Connection) -> None:
@@ -193,6 +191,11 @@ class Pool:
                 connection.abort()
         return None
 
+    def _spare(self, connection: Connection) -> None:
+        """Nobody waits any longer for a connection just made."""
+        connection.since = self._clock()
+        self._idle[connection] = None
+
     def _sweep(self) -> None:
         now, timeouts = self._clock(), self.timeouts
         if timeouts.first_byte is not None or timeouts.idle is not None:
@@ -207,44 +210,3 @@ class Pool:
             del self._idle[connection]
             connection.abort()
         self._timer = self._loop.call_later(self._tick, self._sweep) if self._open else None
-
-    async def _connect(self, *, fresh: bool = False) -> Connection:
-        """A new connection, or unless it has to be fresh one that has become idle before its turn came."""
-        failures = self._failures
-        async with self._turns:
-            self._check_open()
-            if not fresh and (idle := self._reuse()) is not None:
-                return idle
-            if self._failure is not None and self._failures != failures:
-                # One failed while this one waited for its turn: waiting out each in line would add up.
-                raise _again(self._failure)
-            try:
-                async with asyncio.timeout(self.timeouts.connect):
-                    connection = await self._dialer.connect()
-            except OSError as error:
-                self._failure = self._connect_failure(error)
-                self._failures += 1
-                self._dialer.forget()
-                raise _again(self._failure) from error
-            if self._closed:
-                connection.abort()
-                self._check_open()
-            return connection
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ConfigError(f"the connections to {self.address} have been closed")
-
-    def _connect_failure(self, error: OSError) -> TransportError:
-        if isinstance(error, TimeoutError) and error.errno is None:
-            return PhaseTimeout(
-                f"no connection to {self.address} within {self.timeouts.connect} s", "connect"
-            )
-        return ConnectFailed(f"cannot connect to {self.address}: {reason_of(error)}")
-
-
-def _again(failure: TransportError) -> TransportError:
-    """The same failure for another request: an exception that is raised twice grows its traceback."""
-    if isinstance(failure, PhaseTimeout):
-        return PhaseTimeout(str(failure), failure.phase)
-    return type(failure)(str(failure))
