@@ -191,7 +191,8 @@ def echoing(order: list[int]) -> Step:
     return step
 
 
-def test_the_queue_is_served_by_priority_and_then_in_order_of_arrival() -> None:
+@pytest.mark.parametrize("policy", ["least_in_flight", "session"])
+def test_the_queue_is_served_by_priority_and_then_in_order_of_arrival(policy: str) -> None:
     priorities: list[Any] = [0, 5, -3, None, 5, -3, 0, 2**40, -(2**40), "x", 1.5, -3]
     order: list[int] = []
 
@@ -202,7 +203,7 @@ def test_the_queue_is_served_by_priority_and_then_in_order_of_arrival() -> None:
         dispatch = server.router.fleet.dispatch
         for number, (other, priority) in enumerate(zip(peers, priorities, strict=True)):
             given = {} if priority is None else {"priority": priority}
-            other.post(orjson.dumps({"number": number, **given}))
+            other.post(orjson.dumps({"number": number, **given}), fields=b"X-Session-ID: s\r\n")
             await until(lambda number=number: dispatch.waiting == number + 1)  # type: ignore[misc]
         gate.set()
         assert [(await other.response())[0] for other in peers] == [200] * len(peers)
@@ -217,7 +218,7 @@ def test_the_queue_is_served_by_priority_and_then_in_order_of_arrival() -> None:
 
     gate = asyncio.Event()
     one = engine(first, default=echoing(order))
-    scenario(body, one, max_concurrent_requests=1)
+    scenario(body, one, max_concurrent_requests=1, policy=policy)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

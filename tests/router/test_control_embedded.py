@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from penstock.control import readmission
 from penstock.control.control import Control
-from penstock.control.transport import HttpChunks, copied, safetensors_file
+from penstock.control.staged import HttpChunks
+from penstock.control.tensors import copied, safetensors_file
 from penstock.fleet.fleet import Fleet
 from penstock.fleet.retry import Retry
 from penstock.models import ARITHMETIC

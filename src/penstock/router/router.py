@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from functools import partial
+from functools import lru_cache, partial
 from hmac import compare_digest
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
@@ -294,11 +294,17 @@ class Router:
         deadline = None if request.timeout is None else self._deadline(request.timeout)
         if not self._looks:
             return make(fleet, name=name, deadline=deadline)
+        named = request.session
+        if named and self._by_session and not self._several_models and not bounded:
+            # All it takes is in the head; `check_queue` looks for the priority if there is to be a queue.
+            return RouterAttempts(fleet, name=name, deadline=deadline, session=_session(named))
         seen = self._peek(request)
         session = blocks = None
         if self._by_session or self._by_prefix:
-            given = seen.session if request.session is None else request.session.decode("latin-1")
-            session = session_key(given) if given else None  # an empty one is none
+            if named is not None:
+                session = _session(named) if named else None  # an empty one is none
+            elif seen.session:
+                session = session_key(seen.session)
         if self._by_prefix and session is None:
             blocks = blocks_of(seen)
         model = self._model(request, seen) if self._several_models else None
@@ -333,7 +339,7 @@ class Router:
         if self.fleet.dispatch.waiting >= self.args.queue_size:
             self.statistics.queue_full += 1
             raise Refused(429, f"{self.args.queue_size} requests wait already", retry_after=1)
-        if not self._looks and request is not None:
+        if request is not None:
             attempts.priority = self._peek(request).priority
 
     def resumed(self, request: Relay) -> Callable[[Exchange], None] | None:
@@ -474,6 +480,12 @@ class _BoundedAttempts(RouterAttempts):
 
 class _Models(msgspec.Struct):
     data: list[dict[str, Any]]
+
+
+@lru_cache(maxsize=1 << 16)
+def _session(header: bytes) -> int:
+    """The key of the session that X-Session-ID names."""
+    return session_key(header.decode("latin-1"))
 
 
 def _bearer(key: str | None) -> bytes | None:
