@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
-from penstock.prompt import JsonlInput, PromptFormat, Template, content_hash
+from penstock.inputs.jsonl import JsonlInput
+from penstock.prompt import PromptFormat, Template, content_hash, read_template
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": i + i} for i in range(20)]
 FORM = PromptFormat(prompt_column="question")
@@ -105,13 +106,12 @@ def test_missing_empty_and_unreadable_inputs(tmp_path: Path) -> None:
         write(tmp_path / "empty.jsonl", []).survey(FORM)
 
 
-def test_an_id_used_twice_is_an_error_only_with_different_content(tmp_path: Path) -> None:
-    form = PromptFormat(prompt_column="question", id_column="id")
-    same = [{"id": i % 40, "question": f"q{i % 40}"} for i in range(80)]
-    assert write(tmp_path / "a.jsonl", same).survey(form).rows == 80
-    clash = [*same, {"id": 7, "question": "another"}]
-    with pytest.raises(ConfigError, match=r"The id '7' is used twice .* line 8 and .* line 81"):
-        write(tmp_path / "b.jsonl", clash).survey(form)
+def test_an_id_may_stand_on_several_rows(tmp_path: Path) -> None:
+    """open-r1 names rows by the problem, which datasets hold more than once."""
+    form = PromptFormat(prompt_column="question", id_column="question")
+    rows = [{"question": "q", "source": i // 2} for i in range(4)]
+    hashes = write(tmp_path / "a.jsonl", rows).survey(form).hashes
+    assert hashes[0] == hashes[1] != hashes[2] == hashes[3]
 
 
 def test_template_keeps_braces_that_are_no_columns() -> None:
@@ -126,7 +126,9 @@ def test_messages_columns_and_system_prompt(tmp_path: Path) -> None:
     prompt = form.prompt(0, "here", json.dumps({"messages": chat}).encode())
     assert prompt.messages == [{"role": "system", "content": "Be brief."}, *chat]
     with pytest.raises(ConfigError, match="chat messages"):
-        PromptFormat(prompt_column="messages", template=Template("x")).messages("here", {"messages": chat})
+        PromptFormat(prompt_column="messages", template=Template("{prompt}")).messages(
+            "here", {"messages": chat}
+        )
 
 
 json_rows = st.dictionaries(
@@ -140,3 +142,75 @@ def test_content_hash_ignores_the_order_of_columns(row: dict[str, Any], random: 
     random.shuffle(items)
     assert content_hash(dict(items)) == content_hash(row)
     assert content_hash({**row, "another": 1}) != content_hash(row)
+
+
+def test_a_jinja_template_has_the_columns_as_variables(tmp_path: Path) -> None:
+    path = tmp_path / "x.jinja"
+    path.write_text(
+        "{% for c in choices %}{{ loop.index }}. {{ c }}\n{% endfor %}{{ prompt }} {{ row['a b'] }}\n"
+    )
+    form = PromptFormat(prompt_column="question", template=read_template(path))
+    row = {"question": "Which?", "choices": ["x", "{y}"], "a b": 7}
+    assert form.messages("here", row) == [{"role": "user", "content": "1. x\n2. {y}\nWhich? 7"}]
+    assert PromptFormat.of(form.parameters()) == form
+    with pytest.raises(ConfigError, match="here: the prompt template wants a column 'choices'; did you mean"):
+        form.messages("here", {"question": "Which?", "choises": []})
+    with pytest.raises(ConfigError, match="here: the prompt template cannot be filled .*'a b'"):
+        form.messages("here", {"question": "Which?", "choices": []})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{% for %}", "is not Jinja, line 1"),
+        ("Solve it.", "names no column"),
+        ("{{ q.__class__.__mro__ }}", "SecurityError"),
+        ("{{ q / 0 }}", "cannot be filled"),
+    ],
+)
+def test_a_jinja_template_that_does_not_work_is_told(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "x.j2"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        PromptFormat(template=read_template(path)).messages("here", {"q": 1})
+
+
+def test_a_template_file_is_jinja_only_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("{{{% raw %}}} {q}")
+    assert read_template(path).fill({"q": "a"}) == "{{% raw %}} a"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_template(tmp_path / "none.txt")
+
+
+def test_a_template_without_prompt_needs_no_prompt_column() -> None:
+    form = PromptFormat(template=Template("{a} and {b}"))
+    assert form.messages("here", {"a": "x", "b": 1}) == [{"role": "user", "content": "x and 1"}]
+    with pytest.raises(ConfigError, match="there must be a column 'prompt'"):
+        PromptFormat(template=Template("{prompt}: {a}")).messages("here", {"a": "x"})
+
+
+def test_sharegpt_conversations_become_messages_and_nulls_of_tables_go() -> None:
+    form = PromptFormat(prompt_column="conversations")
+    row = {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}]}
+    assert form.messages("here", row) == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "h"},
+    ]
+    with pytest.raises(ConfigError, match="a message from 'me'"):
+        form.messages("here", {"conversations": [{"from": "me", "value": "h"}]})
+    chat = [{"role": "assistant", "content": None, "tool_calls": [1], "name": None}]
+    assert PromptFormat(prompt_column="m").messages("here", {"m": chat}) == [
+        {"role": "assistant", "content": None, "tool_calls": [1]}
+    ]
+
+
+def test_the_hash_of_a_row_is_of_all_its_columns() -> None:
+    row = {"q": "x", "id": 1, "extra": 1}
+    for form in (PromptFormat(prompt_column="q", id_column="id"), PromptFormat(prompt_column=None)):
+        assert form.hash("here", row) == form.hash("here", dict(reversed(row.items()))) != 0
+        assert form.hash("here", row) != form.hash("here", {**row, "extra": 2})
+        assert form.prompt(0, "here", json.dumps(row).encode()).hash == form.hash("here", row)
+    assert PromptFormat(prompt_column=None).messages("here", row) == []
+    with pytest.raises(ConfigError, match="the id column 'id' must hold text or a number"):
+        PromptFormat(prompt_column="q", id_column="id").hash("here", {"q": "x", "id": [1]})

@@ -2,6 +2,8 @@
 
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING, Any
+
 from penstock.client import Client
 from penstock.errors import (
     ConfigError,
@@ -20,6 +22,10 @@ from penstock.sync_client import SyncClient
 from penstock.wire.connection import Timeouts
 from penstock.wire.tls import TLS
 
+if TYPE_CHECKING:
+    from penstock.batch.generate import GenerateReport, generate
+    from penstock.batch.rollout import RolloutClient
+
 __all__ = [
     "Breaker",
     "Client",
@@ -29,9 +35,12 @@ __all__ = [
     "EngineError",
     "Fleet",
     "FleetStatistics",
+    "generate",
+    "GenerateReport",
     "PenstockError",
     "ResponseError",
     "Retry",
+    "RolloutClient",
     "Sample",
     "SampleStream",
     "SamplingParams",
@@ -42,3 +51,15 @@ __all__ = [
     "TransportError",
     "Usage",
 ]
+
+_OF_BATCH = {"generate": "generate", "GenerateReport": "generate", "RolloutClient": "rollout"}
+"""Names and their modules in `penstock.batch`, loaded when first asked for: the core stays light."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_BATCH:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"penstock.batch.{_OF_BATCH[name]}"), name)
+    return value

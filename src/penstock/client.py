@@ -138,6 +138,11 @@ class Client:
             self._owner = False
             await self.fleet.__aexit__(kind, error, trace)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is inside its `async with`."""
+        return self._open
+
     # -- generation -------------------------------------------------------------------------------
 
     @overload
@@ -274,6 +279,8 @@ class Client:
                 now = clock()
                 samples = decode(response.body, Origin(endpoint.name, attempts.number, now - started), count)
             except BaseException as error:
+                if isinstance(error, PenstockError):
+                    error.attempts = attempts.number
                 if not attempts.failed(error):
                     raise
             else:

@@ -14,6 +14,9 @@
     │   ├── Overloaded              429 or 503: come back later (`retry_after`)
     │   └── ServerFailed            any other 5xx
     ├── DeadlineExceeded            the time the caller gave a request is over
+    ├── SampleFailed                engines answered, and yet there is no sample
+    │   ├── SampleRejected          `validate` refused every try
+    │   └── RolloutFailed           the rollout function raised, or returned what is no sample
     ├── EngineError                 an engine could not start or died
     │   └── StartFailed, EngineDied  with a diagnosis from its log; in penstock.servers.diagnosis
     ├── ControlFailed               a control call did not succeed everywhere; `outcomes` says where
@@ -34,6 +37,9 @@ Phase = Literal["connect", "first_byte", "idle"]
 
 class PenstockError(Exception):
     """Base of all errors raised by penstock."""
+
+    attempts: int = 1
+    """How often a request was sent before this was its end."""
 
 
 class ConfigError(PenstockError, ValueError):
@@ -128,6 +134,25 @@ class DeadlineExceeded(PenstockError, TimeoutError):
     """The time the caller gave a request is over. The message says what it was waiting for."""
 
 
+class SampleFailed(PenstockError):
+    """Engines answered, and yet there is no sample. The job goes on."""
+
+
+class SampleRejected(SampleFailed):
+    """Validation refused every try; the message says why it refused the last."""
+
+
+class RolloutFailed(SampleFailed):
+    """A rollout function, or a `validate` function, raised or returned what is no sample.
+
+    `name`: the class of what it raised.
+    """
+
+    def __init__(self, message: str, name: str = "RolloutFailed") -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class EngineError(PenstockError):
     """An engine could not start, or died. The message says which, why and what to do."""
 
@@ -142,6 +167,10 @@ class ControlFailed(PenstockError):
     def __init__(self, message: str, outcomes: Mapping[str, Any]) -> None:
         super().__init__(message)
         self.outcomes = outcomes
+
+
+class TooManyFailures(PenstockError):
+    """More samples of a job failed than it allows. The run stops; what was not done stays owed."""
 
 
 class WriteFailed(PenstockError):

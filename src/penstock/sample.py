@@ -66,6 +66,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     weight_versions: tuple[tuple[int, int], ...] | None = None
     """(first token, version of the weights that made the tokens from there on) in turn; where it was asked
     for and the engine says it."""
+    tool_calls: tuple[dict[str, Any], ...] | None = None
+    """What the model wants called, as the OpenAI API has it. Not of streams."""
     usage: Usage = Usage()
     model: str | None = None
     request_id: str | None = None

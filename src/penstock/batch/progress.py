@@ -1,46 +1,43 @@
-"""How far a job is, and how it is shown.
+"""How far a job is: counts, rates, and the time left. Pure: the clock is handed in.
 
-`Progress` only counts; the clock is handed in. `watch` draws it: a live panel on a terminal, else a line of
-plain text now and then.
+Counts never go down. What a run found done when it began is in `samples_done`, and in no rate.
 """
 
 from __future__ import annotations
 
-import asyncio
+from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from time import monotonic
+from collections.abc import Callable
+from typing import Final
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-
+from penstock.batch.eta import quantile, time_left
+from penstock.batch.trace import Trace, failure_class
 from penstock.errors import PenstockError
-from penstock.sample import Sample
+from penstock.fleet.fleet import FleetStatistics
 
-RATE_WINDOW = 15.0
+RATE_WINDOW: Final = 15.0
 """Seconds over which rates are measured."""
 
-LIVE_INTERVAL = 0.25
-"""Seconds between two pictures on a terminal."""
+RECENT: Final = 4096
+"""Latencies kept for quantiles: those of the samples that finished last."""
 
-LOG_INTERVAL = 10.0
-"""Seconds between two lines where there is no terminal."""
+LATENCY_BOUNDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
+"""Upper bounds of the histogram of latencies, in seconds."""
 
 
 class Progress:
-    """Counts of one job. `samples` = samples_done + samples_failed + samples owed."""
+    """Counts of one job. `samples` = samples_done + samples_failed + samples owed.
+
+    rows, samples: None while the end of an input that is read once is not known.
+    """
 
     def __init__(
         self,
         *,
-        rows: int,
+        rows: int | None,
         rows_done: int,
         rows_failed: int,
-        samples: int,
+        samples: int | None,
         samples_done: int,
         samples_failed: int,
     ) -> None:
@@ -52,126 +49,97 @@ class Progress:
         self.resumed_samples = samples_done
         """Samples that were there when this run began."""
         self.samples_failed = samples_failed
-        self.in_flight: Callable[[], int] = lambda: 0
-        """Asks how many requests are sent and not answered now."""
+        self.samples_dropped = 0
+        """Of those done in this run, left out of their rows."""
+        self.fleet: Callable[[], FleetStatistics] | None = None
+        """Asks what is in flight and waits; None: nobody knows, as from another process."""
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self.retries = 0
         self.failures: Counter[str] = Counter()
+        """Samples that failed in this run, by class."""
+        self.latencies: deque[float] = deque(maxlen=RECENT)
+        """Seconds, of the samples that finished last."""
+        self.latency_counts = [0] * (len(LATENCY_BOUNDS) + 1)
+        """Samples of this run by `LATENCY_BOUNDS`; the last ones took longer."""
+        self.latency_sum = 0.0
+        self.began: float | None = None
+        """When this run began to generate, by the monotonic clock."""
         self.notice = ""
         """One line about something the person should know now, such as an engine that does not answer."""
 
     @property
-    def samples_owed(self) -> int:
-        return self.samples - self.samples_done - self.samples_failed
+    def samples_owed(self) -> int | None:
+        return None if self.samples is None else self.samples - self.samples_done - self.samples_failed
 
-    def add_sample(self, sample: Sample) -> None:
+    def add_trace(self, trace: Trace) -> None:
+        """A sample is done."""
+        metadata = trace.metadata
         self.samples_done += 1
-        self.prompt_tokens += sample.usage.prompt_tokens
-        self.completion_tokens += sample.usage.completion_tokens
-        self.retries += sample.attempts - 1
+        self.samples_dropped += trace.dropped
+        self.prompt_tokens += metadata.prompt_tokens
+        self.completion_tokens += metadata.completion_tokens
+        self.retries += max(0, metadata.attempts - metadata.requests)
+        latency = metadata.latency
+        self.latencies.append(latency)
+        self.latency_counts[bisect_left(LATENCY_BOUNDS, latency)] += 1
+        self.latency_sum += latency
 
     def add_failure(self, error: PenstockError, *, new_row: bool) -> None:
+        """A sample has failed; new_row: it is the first of its row."""
         self.samples_failed += 1
         self.rows_failed += new_row
-        self.failures[type(error).__name__] += 1
+        self.failures[failure_class(error)] += 1
 
 
 class Rates:
-    """Tokens and samples per second over the last `RATE_WINDOW` seconds."""
+    """Tokens and samples per second over the last `RATE_WINDOW` seconds, latencies, and the time left."""
 
     def __init__(self, progress: Progress, now: float) -> None:
         self._progress = progress
-        self._marks = deque([(now, progress.completion_tokens, progress.samples_done)])
+        self._marks = deque([self._mark(now)])
+        self._tail_since: float | None = None
+        """Since when nothing waits to be sent."""
 
     def mark(self, now: float) -> None:
-        progress = self._progress
-        self._marks.append((now, progress.completion_tokens, progress.samples_done))
+        """The counts as they are now: called a few times a second, or every few seconds."""
+        self._marks.append(self._mark(now))
         while self._marks[1][0] < now - RATE_WINDOW:
             self._marks.popleft()
+        owed = self._progress.samples_owed
+        in_tail = owed is not None and owed <= self.in_flight()
+        self._tail_since = (self._tail_since or now) if in_tail else None
 
     def tokens(self) -> float:
+        """Generated tokens a second."""
         return self._rate(1)
 
     def samples(self) -> float:
         return self._rate(2)
 
+    def prompt_tokens(self) -> float:
+        return self._rate(3)
+
+    def in_flight(self) -> int:
+        """Requests sent and not answered."""
+        fleet = self._progress.fleet
+        return 0 if fleet is None else sum(fleet().in_flight.values())
+
+    def latency(self, share: float) -> float | None:
+        """Quantile of the latencies of samples that finished lately, in seconds."""
+        return quantile(share, sorted(self._progress.latencies)) if self._progress.latencies else None
+
     def eta(self) -> float | None:
-        """Seconds until nothing is owed, at the rate of now; None while nothing is known."""
-        if not self._progress.samples_owed:
-            return 0.0
-        rate = self.samples()
-        return self._progress.samples_owed / rate if rate > 0 else None
+        """Seconds until nothing is owed, as `penstock.batch.eta` says; None while nothing is known."""
+        progress, now = self._progress, self._marks[-1][0]
+        age = 0.0 if self._tail_since is None else now - self._tail_since
+        latencies = sorted(progress.latencies)
+        return time_left(progress.samples_owed, self.in_flight(), self.samples(), latencies, age)
+
+    def _mark(self, now: float) -> tuple[float, int, int, int]:
+        progress = self._progress
+        return now, progress.completion_tokens, progress.samples_done, progress.prompt_tokens
 
     def _rate(self, which: int) -> float:
         first, last = self._marks[0], self._marks[-1]
         return (last[which] - first[which]) / (last[0] - first[0]) if last[0] > first[0] else 0.0
-
-
-@contextmanager
-def watch(progress: Progress, console: Console) -> Iterator[None]:
-    """Show `progress` while the block runs. Needs a running event loop."""
-    rates = Rates(progress, monotonic())
-    if not console.is_terminal:
-        task = asyncio.create_task(_log(progress, rates, console), name="penstock progress")
-        try:
-            yield
-        finally:
-            task.cancel()
-        return
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        task = asyncio.create_task(_draw(progress, rates, live), name="penstock progress")
-        try:
-            yield
-        finally:
-            task.cancel()
-
-
-async def _draw(progress: Progress, rates: Rates, live: Live) -> None:
-    while True:
-        rates.mark(monotonic())
-        live.update(_panel(progress, rates), refresh=True)
-        await asyncio.sleep(LIVE_INTERVAL)
-
-
-async def _log(progress: Progress, rates: Rates, console: Console) -> None:
-    while True:
-        await asyncio.sleep(LOG_INTERVAL)
-        rates.mark(monotonic())
-        console.print(_line(progress, rates), highlight=False, soft_wrap=True)
-
-
-def _facts(progress: Progress, rates: Rates) -> list[tuple[str, str]]:
-    failures = ", ".join(f"{count} {name}" for name, count in progress.failures.most_common(3))
-    return [
-        ("rows", f"{progress.rows_done:,}/{progress.rows:,}"),
-        ("samples", f"{progress.samples_done:,}/{progress.samples:,}"),
-        ("tokens/s", f"{rates.tokens():,.0f}"),
-        ("in flight", f"{progress.in_flight():,}"),
-        ("retries", f"{progress.retries:,}"),
-        ("failed", f"{progress.rows_failed:,}" + (f" ({failures})" if failures else "")),
-        ("ETA", _duration(rates.eta())),
-    ]
-
-
-def _line(progress: Progress, rates: Rates) -> str:
-    facts = ", ".join(f"{name} {value}" for name, value in _facts(progress, rates))
-    return f"{facts} – {progress.notice}" if progress.notice else facts
-
-
-def _panel(progress: Progress, rates: Rates) -> Group:
-    facts = _facts(progress, rates)
-    table = Table.grid(padding=(0, 3))
-    table.add_row(*(Text(name, style="dim") for name, _ in facts))
-    table.add_row(*(Text(value, style="bold") for _, value in facts))
-    bar = Table.grid(expand=True)  # on its own a bar does not end its line
-    bar.add_row(ProgressBar(total=max(progress.samples, 1), completed=progress.samples_done))
-    return Group(bar, table, *([Text(progress.notice, style="yellow")] if progress.notice else []))
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"

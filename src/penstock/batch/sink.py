@@ -6,6 +6,8 @@ Invariants:
 2. What was handed in is in the files after about `FLUSH_INTERVAL`, on the disk within a second.
 3. Writing is done in a worker thread; a job that outruns the disk waits (`room`).
 4. A failed write stops the run: it is raised from `room` and from `close`, never swallowed.
+5. An output of fewer samples a row than are asked for now is kept under another name until every row of the
+   input is in the new one.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from __future__ import annotations
 import asyncio
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from penstock.batch.journal import Journal, encode, sync_file, write_all
+from penstock.batch.journal import Journal, sync_file, write_all
+from penstock.batch.records import encode, encode_json
+from penstock.batch.state import FAILURE, SAMPLE, STEP, Written, sound_end
 from penstock.errors import ConfigError
 
 FLUSH_INTERVAL = 0.1
@@ -28,6 +33,31 @@ SYNC_INTERVAL = 0.5
 
 MAX_PENDING = 32 << 20
 """Bytes handed in and not yet written, above which `room` waits."""
+
+RowKey = tuple[int, int]
+"""Hash and occurrence of a row."""
+
+
+class Batch:
+    """What is written together."""
+
+    __slots__ = ("base", "failed", "kept", "records", "rows")
+
+    def __init__(self) -> None:
+        self.base = 0
+        """Where `records` begin in the journal, once they are written."""
+        self.records = bytearray()
+        self.failed = bytearray()
+        self.rows: list[tuple[RowKey, bytes, list[Place]]] = []
+        self.kept: list[tuple[int, RowKey, int, int]] = []
+        """Kind, row, index and place of each record whose row was not complete in the same moment."""
+
+
+Place = int | tuple[Batch, int]
+"""Where a sample's line begins in the journal: known, or known once the batch is written."""
+
+Flushed = tuple[Batch, list[Written]]
+"""What was written, and where its rows are in the output."""
 
 
 class Sink:
@@ -40,6 +70,9 @@ class Sink:
     def __init__(self, out: Path, failures: Path, journal: Journal) -> None:
         self.out = out
         self.journal = journal
+        if 0 < journal.state.begun < journal.state.samples:
+            _set_aside(out, journal.state.begun)
+            journal.begin_anew()
         self._fd = _open_output(out)
         self._end = 0
         try:
@@ -51,9 +84,7 @@ class Sink:
         self._failures_path = failures
         self.rows_written = 0
         """Rows that are in the output since it was opened, and in the journal as written."""
-        self._records = bytearray()
-        self._failed = bytearray()
-        self._rows: list[tuple[int, bytes]] = []
+        self._batch = Batch()
         self._pending = 0
         self._room = asyncio.Event()
         self._room.set()
@@ -78,23 +109,40 @@ class Sink:
         self._flusher.cancel()
         await asyncio.wait([self._flusher])
         if self._broken is None:
-            await asyncio.to_thread(self._flush_all)
+            self._take_in(await asyncio.to_thread(self._flush, self._take(), True))
+            self.journal.keep_state(last=True)
         if self._broken is not None and self._broken is not error:
             raise self._broken
 
-    def add_sample(self, row: int, index: int, payload: bytes) -> None:
-        self._records += encode(b"s", b"%d %d %b" % (row, index, payload))
-        self._count(len(payload))
+    def add_sample(self, row: RowKey, index: int, payload: bytes) -> Place:
+        """A finished sample; `payload` is one JSON object. Returns where it will be in the journal."""
+        batch = self._batch
+        place = batch, len(batch.records)
+        batch.kept.append((SAMPLE, row, index, place[1]))
+        self._record(b"s %016x %d %d " % (*row, index), payload)
+        return place
 
-    def add_failure(self, row: int, index: int, payload: bytes) -> None:
+    def add_step(self, row: RowKey, index: int, payload: bytes) -> None:
+        """A step of a sample that is not finished; `payload` has no line end."""
+        self._batch.kept.append((STEP, row, index, len(self._batch.records)))
+        self._record(b"p %016x %d %d " % (*row, index), payload)
+
+    def add_failure(self, row: RowKey, index: int, payload: bytes) -> None:
         """`payload` is one JSON object: what the failures file says of this sample."""
-        self._records += encode(b"f", b"%d %d %b" % (row, index, payload))
-        self._failed += payload + b"\n"
-        self._count(len(payload))
+        self._batch.kept.append((FAILURE, row, index, len(self._batch.records)))
+        self._record(b"f %016x %d %d " % (*row, index), payload)
+        self._batch.failed += payload + b"\n"
 
-    def add_row(self, row: int, line: bytes) -> None:
-        """A complete row; `line` without its line end."""
-        self._rows.append((row, line + b"\n"))
+    def add_note(self, note: dict[str, Any]) -> None:
+        """Something that all samples of a run share."""
+        self._batch.records += encode_json(b"n", note)
+
+    def add_row(self, row: RowKey, line: bytes, places: list[Place]) -> None:
+        """A complete row; `line` without its line end. places: of its samples, by index."""
+        kept = self._batch.kept
+        if kept and kept[-1][1] == row:
+            kept.pop()
+        self._batch.rows.append((row, line + b"\n", places))
         self._count(len(line))
 
     @property
@@ -107,6 +155,24 @@ class Sink:
         await self._room.wait()
         if self._broken is not None:
             raise self._broken
+
+    def asides(self) -> list[Path]:
+        """Outputs with fewer samples a row that are kept until every row is in the new one."""
+        paths = [aside(self.out, samples) for samples in self.journal.state.befores]
+        return [path for path in paths if path.exists()]
+
+    def remove_asides(self) -> None:
+        """Every row is in the output: what was kept of outputs with fewer samples is not needed any more."""
+        for path in self.asides():
+            path.unlink()
+
+    def _record(self, head: bytes, payload: bytes) -> None:
+        """Put a record into the batch, as `encode` would make it, but copied once."""
+        records = self._batch.records
+        records += b"%08x %b" % (zlib.crc32(payload, zlib.crc32(head)), head)
+        records += payload
+        records += b"\n"
+        self._count(len(payload))
 
     def _count(self, size: int) -> None:
         self._pending += size
@@ -122,7 +188,9 @@ class Sink:
             if not (due or self._pending):
                 continue
             try:
-                await _finish(loop.run_in_executor(None, self._flush, *self._take(), due))
+                flushed = loop.run_in_executor(None, self._flush, self._take(), due)
+                await _finish(flushed, self._take_in)
+                self.journal.keep_state()
             except Exception as error:  # whatever it is, `room` and `__aexit__` raise it
                 self._broken = error
                 self._room.set()
@@ -132,76 +200,98 @@ class Sink:
             if self._pending <= MAX_PENDING:
                 self._room.set()
 
-    def _take(self) -> tuple[bytearray, bytearray, list[tuple[int, bytes]]]:
-        taken = self._records, self._failed, self._rows
-        self._records, self._failed, self._rows, self._pending = bytearray(), bytearray(), [], 0
+    def _take(self) -> Batch:
+        taken = self._batch
+        self._batch, self._pending = Batch(), 0
         return taken
 
-    def _flush_all(self) -> None:
-        self._flush(*self._take(), sync=True)
+    def _take_in(self, flushed: Flushed) -> None:
+        """What was written belongs to the state now."""
+        batch, written = flushed
+        state = self.journal.state
+        for row in written:
+            state.write(row, 0)
+        base = batch.base
+        for kind, (hash, occurrence), index, place in batch.kept:
+            state.add(kind, hash, occurrence, index, base + place)
+        batch.kept = []
 
-    def _flush(
-        self, records: bytearray, failed: bytearray, rows: list[tuple[int, bytes]], sync: bool
-    ) -> None:
-        if records:
-            self.journal.append(bytes(records))
-        if failed:
-            write_all(self._failures_fd, bytes(failed), self._failures_path)
-        if rows:
-            write_all(self._fd, b"".join(line for _, line in rows), self.out)
-            self.journal.append(self._written_records(rows))
-            self.rows_written += len(rows)
+    def _flush(self, batch: Batch, sync: bool) -> Flushed:
+        written: list[Written] = []
+        batch.base = self.journal.end
+        if batch.records:
+            self.journal.append(batch.records)
+        if batch.failed:
+            write_all(self._failures_fd, batch.failed, self._failures_path)
+        if batch.rows:
+            write_all(self._fd, b"".join(line for _, line, _ in batch.rows), self.out)
+            self.journal.append(self._written_records(batch, written))
+            self.rows_written += len(batch.rows)
+        # Rows on their way hold the batch, to know where their samples are: not what was written.
+        batch.records, batch.failed, batch.rows = bytearray(), bytearray(), []
         if sync:
             sync_file(self._fd, self.out)
             self.journal.sync()
+        return batch, written
 
-    def _written_records(self, rows: list[tuple[int, bytes]]) -> bytes:
+    def _written_records(self, batch: Batch, written: list[Written]) -> bytes:
         lines = []
-        for row, line in rows:
+        for row, line, places in batch.rows:
             start, self._end = self._end, self._end + len(line)
-            lines.append(encode(b"w", b"%d %d %d %d" % (row, start, self._end, zlib.crc32(line))))
+            offsets = [
+                b"%d" % (place if isinstance(place, int) else place[0].base + place[1]) for place in places
+            ]
+            crc = zlib.crc32(line)
+            lines.append(
+                encode(b"w", b"%016x %d %d %d %d %b" % (*row, start, self._end, crc, b",".join(offsets)))
+            )
+            written.append(Written(*row, start, self._end, crc, len(places)))
         return b"".join(lines)
 
     def _repair(self) -> int:
         """Cut the output to what the journal vouches for; returns the number of bytes cut."""
         state = self.journal.state
         size = os.fstat(self._fd).st_size
-        if size and not state.end and not state.samples:
+        if size and not state.end and not state.kept_samples and not state.befores:
             raise ConfigError(
                 f"{self.out} is not empty and its journal {self.journal.path} knows nothing of it: "
                 "use another --out, or move the file away."
             )
-        self._end = self._sound_end(size)
+        self._end = sound_end(state, self.journal.fd, self._fd)
         if self._end < state.end or state.gap is not None:
             self.journal.void_output(self._end)
         if self._end < size:
             os.ftruncate(self._fd, self._end)
         return size - self._end
 
-    def _sound_end(self, size: int) -> int:
-        """How far the output is what the journal's records say."""
-        state = self.journal.state
-        end = state.end if state.gap is None else state.gap
-        if size < end:
-            end = max(stop for stop in (0, *state.ends) if stop <= size)
-        for written in state.tail:
-            if written.end > end:
-                break
-            line = os.pread(self._fd, written.end - written.start, written.start)
-            if zlib.crc32(line) != written.crc:
-                return written.start
-        return end
+
+def aside(out: Path, samples: int) -> Path:
+    """Where an output with `samples` samples a row is kept while one with more is written."""
+    return out.with_name(f"{out.name}.n{samples}")
 
 
-async def _finish(future: asyncio.Future[None]) -> None:
-    """Wait for `future` even when cancelled meanwhile: files are not closed under a running flush."""
+def _set_aside(out: Path, samples: int) -> None:
+    kept = aside(out, samples)
+    try:
+        size = out.stat().st_size
+        if size and (not kept.exists() or kept.stat().st_size <= size):
+            out.replace(kept)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be renamed to {kept} ({error.strerror}).") from None
+
+
+async def _finish(future: asyncio.Future[Flushed], then: Callable[[Flushed], None]) -> None:
+    """Wait for `future` even when cancelled meanwhile: files are not closed under a running flush. `then`
+    takes what came of it."""
     try:
         await asyncio.wait([future])
     except asyncio.CancelledError:
         await asyncio.wait([future])
-        future.result()
+        then(future.result())
         raise
-    future.result()
+    then(future.result())
 
 
 def _open_output(out: Path) -> int:
@@ -213,14 +303,15 @@ def _open_output(out: Path) -> int:
 
 def _open_failures(path: Path, journal: Journal) -> int:
     """The failures file, written anew from what the journal holds."""
-    lines = [
-        journal.read(span)
-        for row in sorted(journal.state.failures)
-        for span in journal.state.failures[row].values()
-    ]
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}).") from None
-    write_all(fd, b"".join(line + b"\n" for line in lines), path)
+    lines = bytearray()
+    for offset in sorted(journal.state.failures()):
+        lines += (journal.payload(offset) or b"{}") + b"\n"
+        if len(lines) > MAX_PENDING:
+            write_all(fd, lines, path)
+            lines.clear()
+    write_all(fd, lines, path)
     return fd

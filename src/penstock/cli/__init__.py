@@ -16,6 +16,8 @@ from penstock.errors import ConfigError, PenstockError
 
 COMMANDS = {
     "generate": "reasoning traces for a dataset: JSONL in, JSONL out, resumable",
+    "export": "the rows of a job as JSONL, Parquet or a Hugging Face dataset, and to the hub",
+    "merge": "the shards of a job, joined to its output",
     "view": "browse, search and filter traces in a web page on this machine",
     "status": "what is done, failed and owed of a job, running or not",
     "top": "a running job from another terminal: rows, rates, time left",
@@ -23,6 +25,7 @@ COMMANDS = {
     "route": "one address for many engines: relays, balances, retries",
     "engine": "serve a checkpoint folder behind the OpenAI API; with --scripted no model at all, for tests",
     "bench": "load tests: engine, router and client under the same requests, what each layer adds",
+    "slurm": "submit a command to Slurm: an array job of shards, or a Ray cluster in an allocation",
     "doctor": "look at this machine: limits, ports, memory, GPUs, versions; says what to change",
     "train": "reinforcement learning of the shipped model on this machine: engines, rollouts, learner",
     "demo": "a small dataset through the embedded engine with the shipped model, and its answers checked",

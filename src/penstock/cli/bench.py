@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import resource
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,22 +22,25 @@ from penstock.loadtest.arrivals import Shape
 from penstock.loadtest.bench import Bench, Result, machine, measure
 from penstock.loadtest.dataset import LIMIT, read_dataset, read_trace
 from penstock.loadtest.files import load, save, write
+from penstock.loadtest.forecast import Scale
 from penstock.loadtest.histogram import library
 from penstock.loadtest.lengths import Lengths
 from penstock.loadtest.live import watch
+from penstock.loadtest.metrics import Point
 from penstock.loadtest.page import page
-from penstock.loadtest.plan import METRICS, Extent, Load
+from penstock.loadtest.plan import METRICS, Api, Extent, Load
 from penstock.loadtest.stand import StandSpec, standing
 from penstock.loadtest.tables import print_comparison, print_result
 from penstock.loadtest.values import Condition, failures
 from penstock.loadtest.workload import DISTINCT, Item, Workload, scaled, synthetic
 from penstock.models import ARITHMETIC
+from penstock.scripted.chaos import Chaos
 from penstock.servers.spec import ServerSpec
-from penstock.wire.loop import run
+from penstock.wire.loop import Stop, run
 
 COMPARE: Final = "compare"
 INTERRUPTED: Final = 130
-"""Exit status after Ctrl-C: the shell's convention."""
+"""Exit status after Ctrl-C or SIGTERM."""
 WARMUP: Final = 2.0
 """Seconds of warm-up before a duration, where none is given."""
 WIDTH: Final = 100
@@ -170,12 +175,23 @@ class StandArgs:
     only one there is (--base-url)."""
     num_engines: int = 1
     """Engines to start."""
+    tp: int = 1
+    """Tensor parallel size of each engine."""
+    dp: int = 1
+    """Data parallel size of each engine."""
+    pp: int = 1
+    """Pipeline parallel size of each engine."""
+    max_model_len: int | None = None
+    """Longest prompt plus completion, in tokens. Default: the engine decides."""
     engine_args: tuple[str, ...] = ()
     """Flags for the engine without their dashes: --engine-args itl=20ms max-num-seqs=64."""
     router_url: str | None = None
     """A router that runs already, in front of the same engines. Default: one is started where needed."""
     router_args: tuple[str, ...] = ()
     """Flags for `penstock route` without their dashes: --router-args policy=prefix_aware."""
+    chaos: str = ""
+    """What goes wrong at scripted engines, so that the retry path is measured too:
+    reset:0.01,stall:0.001,503:0.05,kill:every=20s. Of several engines one is killed at a time."""
     api_key: str | None = None
     """Default: the environment's PENSTOCK_API_KEY."""
 
@@ -190,9 +206,13 @@ class StandArgs:
             for name, value in engine_flags(self.router_args).items()
             for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
         ]
+        Chaos.parse(self.chaos)
         if self.base_url:
-            if self.engine_args:
-                raise ConfigError("--engine-args are for an engine that is started, not for --base-url")
+            if self.engine_args or self.max_model_len or (self.tp, self.dp, self.pp) != (1, 1, 1):
+                raise ConfigError(
+                    "--engine-args, --max-model-len, --tp, --dp and --pp are for an engine that is started, "
+                    "not for --base-url"
+                )
             server = None
         else:
             server = self._server()
@@ -203,6 +223,7 @@ class StandArgs:
             router=router,
             router_url=self.router_url if router else None,
             router_args=words if router else (),
+            chaos=self.chaos,
             model=self.model if self.base_url else None,
             api_key=self.key,
         )
@@ -215,11 +236,17 @@ class StandArgs:
                     f"Which model is {self.engine} to serve? Give --model a folder or a hub's id."
                 )
             model = str(ARITHMETIC) if self.engine == "embedded" else "scripted"
-        if self.engine == "scripted" and self.key is not None:
-            raise ConfigError("the scripted engine takes no API key")
+        if self.engine == "scripted" and (self.key is not None or (self.tp, self.dp, self.pp) != (1, 1, 1)):
+            raise ConfigError("the scripted engine takes no API key and no parallel sizes")
+        extra = engine_flags(self.engine_args)
+        if self.engine == "sglang":
+            extra.setdefault("enable-metrics", True)  # which tell what each engine has served
+        if self.engine == "scripted" and self.max_model_len is not None:
+            extra.setdefault("max-model-len", str(self.max_model_len))
         return ServerSpec(
-            engine=self.engine, model=model, extra_args=engine_flags(self.engine_args), api_key=self.key
-        )
+            engine=self.engine, model=model, tp=self.tp, dp=self.dp, pp=self.pp,
+            max_model_len=self.max_model_len, extra_args=extra, api_key=self.key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,8 +263,17 @@ class BenchArgs:
     load: OmitArgPrefixes[LoadArgs] = field(default_factory=LoadArgs)
     prompts: OmitArgPrefixes[PromptArgs] = field(default_factory=PromptArgs)
     stand: OmitArgPrefixes[StandArgs] = field(default_factory=StandArgs)
+    api: Api = "chat"
+    """chat: /v1/chat/completions; completions: /v1/completions, of the same text without a chat template."""
     stream: bool = True
     """Ask for streams. Without them there is no ttft, tpot and itl."""
+    timeout: float | None = None
+    """Seconds without a byte, before the answer or in it, after which a request is given up. Default: never
+    before it, 600 in it. Without streams the whole generation comes before it."""
+    resume_streams: bool = False
+    """Have the client continue streams that break off. Default: that is an error, for text has been given."""
+    max_in_flight: int | None = None
+    """Requests that the client lets be in flight at each URL, in all processes together. Default: all."""
     processes: int = 2
     """Of the load generator. More, when it was the bottleneck."""
     source_addresses: tuple[str, ...] = ()
@@ -263,7 +299,8 @@ class CompareArgs:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Returns 1 when a --fail-if condition is met, 130 after Ctrl-C."""
+    """Run the command. Returns 1 when a --fail-if condition is met; 130 after Ctrl-C or SIGTERM, with what
+    was measured until then."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -276,27 +313,56 @@ def main(argv: Sequence[str]) -> int:
     conditions = [Condition.parse(text) for text in args.fail_if]
     bench = bench_of(args)
     stand = args.stand.spec(router=bench.needs_router)
+    scale = scale_of(bench, stand)
+    if scale is not None:
+        scale.check_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     result = Result(settings=settings_of(args), machine=machine())
     try:
         run(_measured(bench, stand, result))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    finally:
+        if result.points:
+            _report(result, args, console)
+    if result.interrupted:
         return INTERRUPTED
-    print_result(result, console)
-    if args.out is not None:
-        save(result, args.out)
-    if args.html is not None:
-        write(args.html, page(result).encode())
     failed = failures(result.points, conditions)
     for sentence in failed:
         console.print(f"failed: {sentence}", markup=False, highlight=False, soft_wrap=True)
     return 1 if failed else 0
 
 
+def _report(result: Result, args: BenchArgs, console: Console) -> None:
+    print_result(result, console)
+    if args.out is not None:
+        save(result, args.out)
+    if args.html is not None:
+        write(args.html, page(result).encode())
+
+
 async def _measured(bench: Bench, spec: StandSpec, result: Result) -> None:
+    """Fills the result, point by point, until the last, or Ctrl-C or SIGTERM."""
+    work = asyncio.create_task(_all_points(bench, spec, result))
+    watched: set[asyncio.Future[None]] = {work}
+    if threading.current_thread() is threading.main_thread():  # where signals arrive
+        watched.add(Stop().wished)
+    await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+    if work.done():
+        return work.result()
+    result.interrupted = True
+    work.cancel()  # which takes down what was brought up
+    await asyncio.wait((work,))
+    return None
+
+
+async def _all_points(bench: Bench, spec: StandSpec, result: Result) -> None:
     async with standing(spec) as stand:
         points = len(bench.loads) * len(bench.layers)
         with watch(Console(stderr=True), points, bench.extent) as live:
-            result.points = await measure(bench, stand, on_point=live.point, on_beat=live.beat)
+
+            def keep(point: Point) -> None:
+                result.points.append(point)
+                live.point(point)
+
+            await measure(bench, stand, on_point=keep, on_beat=live.beat)
 
 
 def bench_of(args: BenchArgs) -> Bench:
@@ -308,11 +374,31 @@ def bench_of(args: BenchArgs) -> Bench:
         extent=args.load.extent(trace=len(workload.times)),
         layers=_words(args.layers),
         processes=args.processes,
+        api=args.api,
         stream=args.stream,
+        timeout=args.timeout,
+        resume_streams=args.resume_streams,
+        max_in_flight=args.max_in_flight,
         goodput=tuple([bound_of(text) for text in args.goodput]),
         seed=args.prompts.seed,
         api_key=args.stand.key,
         source_addresses=args.source_addresses,
+    )
+
+
+def scale_of(bench: Bench, stand: StandSpec) -> Scale | None:
+    """What a closed loop needs of this machine; None: an open one tells only when it runs."""
+    most = max((load.concurrency or 0 for load in bench.loads), default=0)
+    if not most:
+        return None
+    words = list(stand.router_args)
+    processes = words[words.index("--processes") + 1] if "--processes" in words[:-1] else "1"
+    return Scale(
+        requests=most,
+        processes=bench.processes,
+        router=stand.router and stand.router_url is None,
+        router_processes=int(processes) if processes.isdigit() else 1,
+        engines=stand.engines if stand.spec is not None else most,
     )
 
 

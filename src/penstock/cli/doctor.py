@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -23,6 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from penstock.errors import ConfigError
+from penstock.loadtest.forecast import Scale
 from penstock.servers.devices import visible
 from penstock.servers.engines import INSTALLED
 from penstock.servers.installation import find
@@ -31,6 +33,8 @@ from penstock.wire.limits import PORT_RANGE, SPARE_FILES, WIDEST_PORT_RANGE
 
 GIB: Final = 1 << 30
 SHARED_MEMORY: Final = Path("/dev/shm")
+CGROUP: Final = Path("/sys/fs/cgroup")
+"""Where a container's own limits are."""
 MIN_SHARED: Final = 1 * GIB
 """Bytes of free shared memory a single engine with tensor parallelism wants."""
 MIN_CACHE: Final = 20 * GIB
@@ -38,16 +42,25 @@ MIN_CACHE: Final = 20 * GIB
 MIN_PYTHON: Final = (3, 11)
 COMPILERS: Final = ("cc", "gcc", "clang")
 
+_AVAILABLE: Final = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
+
 State = Literal["ok", "warning", "problem"]
 STYLES: Final[dict[State, str]] = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 @dataclass(frozen=True)
 class DoctorArgs:
-    """Look at this machine and say what to change. Exit status 1 when there is a problem."""
+    """Look at this machine, or with --load at what a load test needs of it, and say what to change.
+
+    Exit status 1 when there is a problem."""
 
     connections: int = 1000
     """Requests that are to be in flight at once."""
+    load: int | None = None
+    """Say whether this machine can carry `penstock bench` with so many requests in flight: client, router and
+    scripted engine, all of them here."""
+    load_itl: float = 100.0
+    """With --load: milliseconds between two tokens of a stream."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +79,8 @@ def main(argv: list[str]) -> int:
     if args.connections < 1:
         raise ConfigError("--connections must be at least 1.")
     console = Console(highlight=False, soft_wrap=True)
-    checks = list(_facts(args.connections))
+    scale = None if args.load is None else Scale(requests=args.load, gap=args.load_itl / 1e3)
+    checks = list(_facts(args.connections) if scale is None else _load(scale))
     for check in checks:
         line = Text.assemble((f"{check.state:<8}", STYLES[check.state]), f" {check.name:<14} {check.found}")
         if check.advice:
@@ -94,6 +108,67 @@ def _facts(connections: int) -> Iterable[Check]:
             yield check_engine(engine.package.title, None, str(error) if named else None)
         else:
             yield check_engine(engine.package.title, f"{installed.version}, {installed.python}", None)
+
+
+def _load(scale: Scale) -> Iterable[Check]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield check_load_files(hard, scale)
+    yield check_ports(_read(PORT_RANGE), scale.ports)
+    yield check_backlog(_read(Path("/proc/sys/net/core/somaxconn")), scale.requests)
+    yield check_memory(_read(Path("/proc/meminfo")), _read(CGROUP / "memory.max"), scale)
+    yield check_cpu(usable_cores(len(os.sched_getaffinity(0)), _read(CGROUP / "cpu.max")), scale)
+
+
+def check_load_files(hard: int, scale: Scale) -> Check:
+    """`hard`: open files a process may have, -1 for no limit; penstock's processes raise theirs to it."""
+    needed = max(scale.files.values())
+    each = ", ".join(f"{part} {count:,}" for part, count in scale.files.items())
+    if hard == -1 or hard >= needed:
+        return Check(
+            "ok", "open files", f"{each} in a process; allowed: {'any' if hard == -1 else f'{hard:,}'}"
+        )
+    advice = f"As root: ulimit -Hn {needed}, or nofile in /etc/security/limits.conf."
+    if all(count <= hard for part, count in scale.files.items() if part != "router"):
+        advice += f" Or: --router-args processes={scale.router_processes_for(hard)}."
+    return Check("problem", "open files", f"{each} in a process; allowed: {hard:,}.", advice)
+
+
+def check_memory(told: str | None, allowed: str | None, scale: Scale) -> Check:
+    """`told`: /proc/meminfo. `allowed`: bytes of the control group, or `max`."""
+    bounds = [1024 * int(found[1])] if (found := _AVAILABLE.search(told or "")) else []
+    bounds += [int(allowed)] if allowed is not None and allowed.strip().isdigit() else []
+    if not bounds:
+        return Check(
+            "ok", "memory", f"{scale.memory / GIB:.1f} GiB needed; this system does not tell what is free"
+        )
+    free, needed = min(bounds) / GIB, scale.memory / GIB
+    found_out = f"{needed:.1f} GiB needed, {free:.1f} GiB to be had"
+    if free < needed:
+        return Check("problem", "memory", f"{found_out}.", "Take fewer requests, or a larger machine.")
+    return Check("ok", "memory", found_out)
+
+
+def check_cpu(cores: float, scale: Scale) -> Check:
+    """`cores`: those that may be used."""
+    found = (
+        f"{scale.cores:.1f} cores for {scale.requests:,} streams with a token every {scale.gap * 1e3:g} ms, "
+        f"{cores:g} to be had"
+    )
+    if scale.cores > cores:
+        slower = f"{scale.shortest_gap(cores) * 1e3:,.0f} ms"
+        return Check(
+            *("warning", "CPU", f"{found}."),
+            f"Take engines with a token every {slower} or more (--engine-args itl=…), or more machines.",
+        )
+    return Check("ok", "CPU", found)
+
+
+def usable_cores(cores: int, quota: str | None) -> float:
+    """Cores of the affinity, and of the control group's `cpu.max`: quota and period in µs, or `max`."""
+    words = (quota or "").split()
+    if len(words) != 2 or not all(word.isdigit() for word in words):
+        return cores
+    return min(cores, int(words[0]) / int(words[1]))
 
 
 def check_python(version: tuple[int, ...], shown: str) -> Check:

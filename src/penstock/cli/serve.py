@@ -17,6 +17,7 @@ from rich.console import Console
 from tyro.conf import OmitArgPrefixes
 
 from penstock.cli.launching import Display, EngineName, LaunchArgs
+from penstock.cluster.session import connected
 from penstock.errors import ConfigError
 from penstock.router.args import RouterArgs
 from penstock.router.router import Router
@@ -68,8 +69,15 @@ class ServeArgs:
     """Place of this machine among the hosts. Default: found by its name."""
     node_port: int = INIT_PORT
     """Port of the head at which the nodes meet."""
+    ray: bool = False
+    """Start the engines on the nodes of a Ray cluster, each where there is room; see docs/cluster.md."""
     ray_address: str | None = None
-    """A Ray cluster that runs already, for vLLM on several nodes."""
+    """HOST:PORT of a Ray cluster that runs already: with --ray, by default the one of this machine or of
+    RAY_ADDRESS; without, for vLLM on several nodes."""
+    ray_name: str = "penstock"
+    """With --ray: what the engines are registered as."""
+    ray_cpus: float = 1.0
+    """With --ray: CPUs each engine takes, beside its GPUs."""
     log_folder: Path | None = None
     """Where the engines' logs go. Default: ~/.cache/penstock/logs."""
 
@@ -77,8 +85,12 @@ class ServeArgs:
 def main(argv: list[str]) -> int:
     """Run the command. Returns 0 when it was told to stop, 130 when that was before anything served."""
     args = tyro.cli(ServeArgs, prog="penstock serve", args=argv)
-    spec, nodes = _spec(args), _nodes(args)
+    _check_ray(args)
     try:
+        if args.ray:
+            with connected(args.ray_address):
+                return run(_serve_on_ray(args, _spec(args)))
+        spec, nodes = _spec(args), _nodes(args)
         if nodes is not None and not nodes.is_head and spec.engine == "vllm":
             return run(_join(args, spec, nodes))
         return run(_serve(args, spec))
@@ -111,6 +123,39 @@ async def _serve(args: ServeArgs, spec: ServerSpec) -> int:
                 # A restart is at the address that has been told.
                 replicas.spec = replace(spec, port=int(members.first.rpartition(":")[2]))
                 _say_ready(members.first, spec)
+                await stop.wait()
+            stop.hurried.set()  # from here on another signal shortens the engines' grace
+            await stack.aclose()
+    return 0
+
+
+async def _serve_on_ray(args: ServeArgs, spec: ServerSpec) -> int:
+    from penstock.cluster.engines import Engines
+    from penstock.cluster.follow import Follower
+
+    display = Display(Console(stderr=True), spec, args.launch.replicas)
+    members = Members()
+    engines = Engines(
+        spec,
+        replicas=args.launch.replicas,
+        name=args.ray_name,
+        cpus=args.ray_cpus,
+        ready=1,
+        restart=args.launch.restart,
+        log_folder=None if args.log_folder is None else str(args.log_folder),
+        on_change=display.on_change,
+    )
+    async with AsyncExitStack() as stack:
+        with stopped_by_signals() as stop:
+            with display.starting():
+                await stack.enter_async_context(engines)
+            follower = await stack.enter_async_context(Follower(args.ray_name, members))
+            await follower.until(1)
+            if args.route:
+                await _routed(args, spec, members, stop)
+            else:
+                line = f"penstock serves {spec.name} on Ray as {args.ray_name}: {', '.join(members.urls)}"
+                print(line, flush=True)  # noqa: T201
                 await stop.wait()
             stop.hurried.set()  # from here on another signal shortens the engines' grace
             await stack.aclose()
@@ -187,6 +232,11 @@ class Members:
         if self._router is not None:
             await self._router.fleet.remove(url)
 
+    async def drain(self, url: str, timeout: float | None = None) -> bool:
+        """It gets no more requests, and leaves when it has none. Raises as `Fleet.drain`."""
+        self.urls.pop(url, None)
+        return True if self._router is None else await self._router.fleet.drain(url, timeout)
+
     @asynccontextmanager
     async def shown_to(self, router: Router, known: tuple[str, ...]) -> AsyncIterator[None]:
         """While the block runs the router, which was started with `known`, has those that are ready."""
@@ -244,18 +294,32 @@ def stopped_by_signals() -> Iterator[Stop]:
             loop.remove_signal_handler(number)
 
 
+def _check_ray(args: ServeArgs) -> None:
+    """Raises ConfigError for flags that would mean nothing."""
+    usual = ServeArgs()
+    if not args.ray:
+        if (args.ray_name, args.ray_cpus) != (usual.ray_name, usual.ray_cpus):
+            raise ConfigError("--ray-name and --ray-cpus are for --ray.")
+        return
+    if args.hosts or args.node_rank is not None or args.launch.devices:
+        raise ConfigError("--ray places the engines itself: leave out --hosts, --node-rank and --devices.")
+    if not args.route and (args.host, args.port) != (usual.host, usual.port):
+        raise ConfigError("With --ray the engines choose their ports; --host and --port are for --route.")
+
+
 def _spec(args: ServeArgs) -> ServerSpec:
-    if args.launch.replicas > 1 and not args.route:
+    if args.launch.replicas > 1 and not (args.route or args.ray):
         raise ConfigError("More than one replica needs --route: one address for all of them.")
     key = args.api_key or os.environ.get("PENSTOCK_API_KEY") or None
+    behind = args.route or args.ray
     return args.launch.spec(
         args.engine,
         args.model,
         name=args.served_model_name,
-        host="127.0.0.1" if args.route else args.host,
-        port=0 if args.route else args.port,
+        host="127.0.0.1" if behind else args.host,
+        port=0 if behind else args.port,
         api_key=key,
-        nodes=_nodes(args),
+        nodes=None if args.ray else _nodes(args),
     )
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-import orjson
 import torch
 import tyro
 from rich.console import Console
 
 from penstock.cli.generate import INTERRUPTED, terminated_as_interrupted
+from penstock.cli.training_task import MOST_NEW_TOKENS, credit, held_out, measure, prompts, reward
 from penstock.cli.training_view import View
 from penstock.client import Client
-from penstock.control.transport import HttpChunks
-from penstock.demo.arithmetic import Problem, problems, verify
+from penstock.control.staged import HttpChunks
 from penstock.errors import ConfigError, PenstockError
 from penstock.fleet.monitor import OnOutage
 from penstock.learner.chart import Panel, page, svg
@@ -36,35 +34,23 @@ from penstock.learner.metrics import (
 )
 from penstock.learner.training import Tally, Training, resume
 from penstock.models import ARITHMETIC
-from penstock.prompt import Prompt
-from penstock.rollout.group import Group, Rollout
 from penstock.rollout.rollouts import Rollouts
-from penstock.rollout.score import Score
-from penstock.rollout.selection import Selection
-from penstock.sample import Sample, SamplingParams
+from penstock.sample import SamplingParams
 from penstock.servers.replicas import launch
 from penstock.servers.spec import ServerSpec
 from penstock.wire.loop import run
 
-MOST_NEW_TOKENS: Final = 160
-"""Longer than the longest worked solution."""
-IN_FLIGHT: Final = 128
-"""Requests an engine has at a time: on a CPU core more are not faster."""
+IN_FLIGHT: Final = 64
+"""Requests an engine has at a time: its share of a batch of the default size."""
 WARM_UP: Final = 10
 """Steps in which the learning rate rises."""
-HELD_OUT_SEED: Final = 3003
-"""Of the problems the accuracy is measured on; not the seed of any that decided when pretraining stopped."""
-NEWLINE: Final = ord("\n")
-"""A token of the shipped model is a byte."""
 OUTAGE_TOLD: Final = 10.0
 """Seconds without an engine after which it is told."""
-FIRST: Final = -1
-"""Priority of the measurement: it does not queue behind the next batch."""
 
 PANELS: Final = (
     Panel(
         title="Reward of what is sampled",
-        lines={"reward": "reward", "reward_answer": "right answers"},
+        lines={"trained_reward": "reward", "trained_answer": "right answers"},
         percent=True,
         smooth=True,
         top=1.0,
@@ -75,7 +61,11 @@ PANELS: Final = (
         percent=True,
         top=1.0,
     ),
-    Panel(title="Staleness", lines={"staleness": "mean age of tokens, updates", "staleness_max": "oldest"}),
+    Panel(
+        title="Staleness",
+        lines={"staleness": "mean age of tokens, updates", "staleness_max": "oldest"},
+        smooth=True,
+    ),
     Panel(
         title="Waiting, share of the time",
         lines={"trainer_waits": "trainer for groups", "engines_wait": "engines for the trainer"},
@@ -97,7 +87,7 @@ class TrainArgs:
     """Train the shipped model on arithmetic: what there is to train here."""
     out: Path = Path("demo-rl-out")
     """Folder of metrics.jsonl, training.svg, training.html, the checkpoints and the ledger of prompts."""
-    steps: int = 400
+    steps: int = 500
     """Optimizer steps. The learning rate falls towards the last: a run goes on with the same number only."""
     seed: int = 0
     """Chooses the problems and the samples."""
@@ -106,16 +96,16 @@ class TrainArgs:
     async_steps: int = 1
     """Updates the tokens of a batch may be old. 0: engines and trainer take turns."""
     groups: int = 16
-    """Problems in a batch, each with samples that are better and samples that are worse."""
+    """Problems in a batch."""
     group_size: int = 8
     """Samples of a problem."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     """Of AdamW, reached after 10 steps; at the end it is a tenth of it."""
-    threads: int = 2
-    """CPU threads of the learner."""
-    evaluate_every: int = 20
+    threads: int = 1
+    """CPU threads of the learner. Those that wait for a core which an engine has cost more than they give."""
+    evaluate_every: int = 50
     """Steps between two measurements of the accuracy."""
-    evaluate_on: int = 256
+    evaluate_on: int = 512
     """Held-out problems of the hard half it is measured on."""
     save_every: int = 10
     """Steps between two checkpoints."""
@@ -153,13 +143,14 @@ async def _train(args: TrainArgs, console: Console) -> int:
     torch.set_num_threads(args.threads)
     learner = Learner(
         ARITHMETIC,
-        Objective(normalise_std=True),
+        Objective(),
         Optimization(
             learning_rate=args.learning_rate,
             warm_up=WARM_UP,
             decay_steps=max(args.steps - WARM_UP, 1),
             betas=(0.9, 0.98),
         ),
+        credit=credit,
     )
     folder = args.out / "checkpoints"
     step = resume(folder, learner)
@@ -184,7 +175,7 @@ async def _train(args: TrainArgs, console: Console) -> int:
                 client = await stack.enter_async_context(launched.client())
             tally = Tally()
             rollouts = await stack.enter_async_context(_rollouts(args, client, tally, step))
-            training = Training(learner, rollouts, HttpChunks, folder, tally, settled)
+            training = Training(learner, rollouts, HttpChunks, folder, tally)
             return await _loop(args, training, rollouts, client, metrics, console)
 
 
@@ -210,7 +201,6 @@ def _rollouts(args: TrainArgs, client: Client, tally: Tally, step: int | None) -
         seed=args.seed,
         ledger=args.out / "ledger.sqlite",
         step=step or 0,
-        selection=Selection(drop_zero_spread=True),
         curriculum=tally,
     )
 
@@ -223,7 +213,7 @@ async def _loop(
     metrics: Metrics,
     console: Console,
 ) -> int:
-    asked = list(itertools.islice(problems(HELD_OUT_SEED, split="held_out", level="hard"), args.evaluate_on))
+    asked = held_out(args.evaluate_on)
     await training.begin()
     with View(args.steps, rollouts, console) as view:
         if rollouts.step == 0:
@@ -271,76 +261,15 @@ def _settings(args: TrainArgs) -> dict[str, str]:
     return {name: str(value) for name, value in asdict(args).items()}
 
 
-def prompts(seed: int) -> Iterator[Mapping[str, str]]:
-    """Hard problems of the training split, without end."""
-    for problem in problems(seed, split="train", level="hard"):
-        yield {"prompt": problem.question, "answer": problem.answer, "solution": problem.completion}
-
-
-async def reward(prompt: Prompt, sample: Sample) -> Score:
-    """Half for the right answer, half for how far the worked solution is right.
-
-    The share of lines before the first wrong one tells completions apart also where all of a group fail: few
-    groups of hard problems have both right and wrong answers.
-    """
-    row = orjson.loads(prompt.fields)
-    right = float(sample.finish_reason == "stop" and verify(sample.text, row["answer"]))
-    written, expected = sample.text.split("\n"), row["solution"].split("\n")
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(written, expected, strict=False))
-    lines = sum(1 for _ in pairs) / len(expected)
-    return Score((right + lines) / 2, {"answer": right, "lines": lines})
-
-
-def settled(group: Group) -> Group:
-    """The group without training on what came behind the first wrong line of a solution.
-
-    The reward could hardly change any more: in the gradient these tokens are noise.
-    """
-    lines = orjson.loads(group.prompt.fields)["solution"].count("\n") + 1
-    return msgspec.structs.replace(group, rollouts=tuple(_cut(one, lines) for one in group.rollouts))
-
-
-def _cut(rollout: Rollout, lines: int) -> Rollout:
-    right = round(rollout.reward.parts.get("lines", 1.0) * lines)
-    ends = [place for place, token in enumerate(rollout.token_ids) if token == NEWLINE]
-    if right >= len(ends):
-        return rollout
-    kept = ends[right] + 1
-    mask = rollout.mask[:kept] + (False,) * (len(rollout.mask) - kept)
-    return msgspec.structs.replace(rollout, mask=mask)
-
-
-async def measure(client: Client, asked: Sequence[Problem]) -> dict[str, float | None]:
-    """The share of problems that is solved, greedily and in one try at temperature 1.
-
-    Raises TransportError, ResponseError.
-    """
-    return {
-        "accuracy": await accuracy(client, asked, 0.0),
-        "accuracy_sampled": await accuracy(client, asked, 1.0),
-    }
-
-
-async def accuracy(client: Client, asked: Sequence[Problem], temperature: float) -> float:
-    """See measure."""
-    params = SamplingParams(temperature=temperature, max_tokens=MOST_NEW_TOKENS)
-
-    async def solves(problem: Problem) -> bool:
-        messages = [{"role": "user", "content": problem.question}]
-        return verify((await client.chat(messages, params, priority=FIRST)).text, problem.answer)
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(solves(problem)) for problem in asked]
-    return sum(task.result() for task in tasks) / len(tasks)
-
-
 def _draw(args: TrainArgs) -> None:
     metrics = read_metrics(args.out / METRICS)
+    minutes = sum(line.get("seconds") or 0.0 for line in metrics) / 60
     facts = {
         **_gains(args, metrics),
-        "steps": str(metrics[-1]["step"]),
-        "minutes of steps": f"{sum(line.get('seconds') or 0.0 for line in metrics) / 60:.1f}",
-        **{name.replace("_", " "): value for name, value in _settings(args).items()},
+        "steps": f"{metrics[-1]['step']} of {args.steps}, in {minutes:.1f} minutes",
+        "a step": f"{args.groups} problems, {args.group_size} samples of each",
+        "engines": f"{args.engines}, with tokens at most {args.async_steps} updates old",
+        "learning rate, seed": f"{args.learning_rate:g}, {args.seed}",
     }
     (args.out / "training.svg").write_text(svg(PANELS, metrics), encoding="utf-8")
     title = "An arithmetic model learns from rewards"
@@ -348,11 +277,14 @@ def _draw(args: TrainArgs) -> None:
 
 
 def _gains(args: TrainArgs, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The accuracy, from first to last."""
+    """The accuracy, from first to last, and the standard error of the last."""
     gains = {}
     for name, called in (("accuracy", "greedy"), ("accuracy_sampled", "sampled at temperature 1")):
         found = [line[name] for line in metrics if line.get(name) is not None]
-        gains[f"{args.evaluate_on} held-out hard problems, {called}"] = f"{found[0]:.1%} → {found[-1]:.1%}"
+        error = math.sqrt(found[-1] * (1 - found[-1]) / args.evaluate_on)
+        gains[f"{args.evaluate_on} held-out hard problems, {called}"] = (
+            f"{found[0]:.1%} → {found[-1]:.1%} ± {error:.1%}"
+        )
     return gains
 
 

@@ -73,7 +73,7 @@ class View:
         return [
             ("step", f"{last['step']}/{self._steps}"),
             ("time", f"{minutes}:{seconds:02}"),
-            ("reward", _percent(last.get("reward"))),
+            ("reward", _percent(last.get("trained_reward"))),
             ("accuracy", f"{_percent(accuracies[0])} → {_percent(accuracies[-1])}" if accuracies else "–"),
             ("staleness", "–" if last.get("staleness") is None else f"{last['staleness']:.2f}"),
             ("trainer waits", _percent(last.get("trainer_waits"))),
@@ -82,12 +82,12 @@ class View:
 
     def _panel(self) -> Group:
         facts, balance = self._facts(), self._rollouts.balance()
-        table = Table.grid(padding=(0, 3))
+        table = Table.grid(padding=(0, 2))
         table.add_row(*(Text(name, style="dim") for name, _ in facts))
         table.add_row(*(Text(value, style="bold") for _, value in facts))
         curves = Table.grid(padding=(0, 2))
-        for name in ("reward", "accuracy"):
-            curves.add_row(Text(name, style="dim"), Text(spark(series(self._lines, name)), style="green"))
+        for name, called in (("trained_reward", "reward"), ("accuracy", "accuracy")):
+            curves.add_row(Text(called, style="dim"), Text(spark(series(self._lines, name)), style="green"))
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=self._steps, completed=self._rollouts.step))
         now = f"{balance.in_flight} samples in flight, {balance.ready} groups ready. {balance.advice}"

@@ -63,6 +63,7 @@ class ChatMessage(msgspec.Struct, gc=False):
     content: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    tool_calls: tuple[dict[str, Any], ...] | None = None
 
 
 class ChatChoice(msgspec.Struct, gc=False):
@@ -73,6 +74,10 @@ class ChatChoice(msgspec.Struct, gc=False):
     matched_stop: str | int | None = None
     """SGLang's name of `stop_reason`."""
     token_ids: tuple[int, ...] | None = None
+    response_token_ids: tuple[int, ...] | None = None
+    """SGLang's name of `token_ids`."""
+    prompt_token_ids: tuple[int, ...] | None = None
+    """SGLang has them here, vLLM beside the choices."""
     weight_versions: tuple[tuple[int, int], ...] | None = None
     """The embedded engine's, where it is asked with `return_weight_versions`."""
     logprobs: ChatLogprobs | None = None
@@ -218,10 +223,11 @@ def _chat_sample(answer: ChatCompletion, choice: ChatChoice, usage: Usage, origi
         finish_reason=choice.finish_reason,
         stop_reason=choice.stop_reason if choice.stop_reason is not None else choice.matched_stop,
         index=choice.index,
-        token_ids=choice.token_ids,
-        prompt_token_ids=answer.prompt_token_ids,
+        token_ids=choice.token_ids if choice.token_ids is not None else choice.response_token_ids,
+        prompt_token_ids=answer.prompt_token_ids or choice.prompt_token_ids,
         logprobs=None if logprobs is None else tuple([number(token.logprob) for token in logprobs]),
         weight_versions=choice.weight_versions,
+        tool_calls=message.tool_calls or None,
         usage=usage,
         model=answer.model,
         request_id=answer.id,

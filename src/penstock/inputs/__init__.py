@@ -1,0 +1,1 @@
+"""Inputs: whatever holds rows, read lazily as one JSON object a row."""
