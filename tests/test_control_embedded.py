@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from penstock.client import Client
 from penstock.control.control import Control
 from penstock.control.engine import Engine
-from penstock.control.transport import DiskReload, HttpChunks, checksum, copied, safetensors_file
+from penstock.control.staged import HttpChunks
+from penstock.control.tensors import checksum, copied, safetensors_file
+from penstock.control.transport import DiskReload
 from penstock.engine.weight_update import tensor_checksum
 from penstock.errors import ConfigError, ControlFailed, EngineError, RequestRejected
 from penstock.fleet.fleet import Fleet
@@ -28,7 +30,7 @@ from penstock.models import ARITHMETIC
 from penstock.sample import SamplingParams
 from tests.scripted import run, until
 
-START = 60.0
+START = 240.0
 """Seconds an engine may take to start."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, seed=1)
 PROMPT = "What is 12 + 30?"
@@ -100,7 +102,7 @@ def perturbed(folder: Path, seed: int) -> Path:
 
 def test_bytes_and_checksum_are_those_of_the_engine(tmp_path: Path) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).t().half()}
-    copies = {name: copied(name, tensor) for name, tensor in tensors.items()}
+    copies = copied(tensors)
     assert checksum(copies) == tensor_checksum(tensors)
     (tmp_path / "x").write_bytes(safetensors_file(copies))
     read = load_file(tmp_path / "x")

@@ -15,11 +15,10 @@ from penstock.engine.protocol import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
-    Reader,
-    Refused,
     plain_message,
 )
 from penstock.errors import ConfigError
+from penstock.wire.openai_server import Reader, Refused
 
 LIMITS = Limits(max_model_len=100, vocab_size=50)
 CHAT, COMPLETION = Reader(ChatRequest), Reader(CompletionRequest)

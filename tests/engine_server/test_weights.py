@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -495,6 +497,67 @@ def test_weights_in_shared_memory(fresh: Running, other: Path, other_server: Run
         file.unlink(missing_ok=True)
     assert (answer["weight_version"], answer["checksum"]) == ("3", tensor_checksum(sent))
     assert continuation(fresh) == continuation(other_server)
+
+
+def test_weights_in_files(fresh: Running, other: Path, other_server: Running, tmp_path: Path) -> None:
+    sent = tensors_of(other)
+    names = sorted(sent)
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for path, part in zip(paths, (names[:7], names[7:]), strict=True):
+        save_file({name: sent[name] for name in part}, path)
+    fresh.post("/init_weight_transfer_engine", {"init_info": {"backend": "disk"}})
+    fresh.post("/start_weight_update", None)
+    for file in ("/no/such/file", __file__):
+        assert "cannot be read" in refused(fresh, "/update_weights", {"update_info": {"path": file}})
+    fresh.post("/update_weights", {"update_info": {"path": str(paths[0])}})
+    checksum = tensor_checksum(sent)
+    question = {"update_info": {"checksum": checksum}}
+    assert "lacks" in refused(fresh, "/update_weights", question)
+    fresh.post("/update_weights", {"update_info": {"path": str(paths[1])}})
+    assert "has checksum" in refused(fresh, "/update_weights", {"update_info": {"checksum": "00"}})
+    fresh.post("/update_weights", question)
+    for path in paths:
+        path.unlink()
+    assert fresh.post("/finish_weight_update", None)["checksum"] == checksum
+    assert continuation(fresh) == continuation(other_server)
+
+
+def test_changes_are_put_over_what_they_are_changes_of(fresh: Running, other: Path) -> None:
+    sent = tensors_of(other)
+    name = "model.norm.weight"
+    part = {name: sent[name] + 1}
+    start = {"base": "first", "tensors": describe(part)}
+    fresh.post("/init_weight_transfer_engine", {"init_info": {"backend": "http"}})
+    assert "send all tensors" in refused(fresh, "/start_weight_update", start)
+    transfer(fresh, sent, finish={"content": "first"})
+    transfer(fresh, part, start=start, finish={"content": "second"})
+    assert "are second" in refused(fresh, "/start_weight_update", start)
+    digests = fresh.post("/weight_checker", {"action": "checksum"})["checksums"]
+    assert digests.keys() == {f"dp0:pp0:pcp0:tp0:{name}" for name in sent}
+    for key, tensor in (sent | part).items():
+        assert digests[f"dp0:pp0:pcp0:tp0:{key}"] == sha256(tensor.numpy().tobytes()).hexdigest()
+    assert "action" in refused(fresh, "/weight_checker", {"action": "reset"})
+    reload(fresh, other)
+    assert "not those of an update" in refused(fresh, "/start_weight_update", start | {"base": "second"})
+    transfer(fresh, sent, finish={"content": "third"})
+    fresh.post("/sleep?level=2", None)
+    assert "asleep" in refused(fresh, "/weight_checker", {"action": "checksum"})
+    fresh.post("/wake_up", None)
+    assert "not those of an update" in refused(fresh, "/start_weight_update", start | {"base": "third"})
+
+
+def test_only_memory_without_a_name_is_read_from_another_process(fresh: Running, tmp_path: Path) -> None:
+    fresh.post("/init_weight_transfer_engine", {"init_info": {"backend": "shm"}})
+    fresh.post("/start_weight_update", None)
+    info = {"name": "model.norm.weight", "dtype": "F32", "shape": [64], "offset": 0}
+    with (tmp_path / "secret").open("w+b") as secret:
+        for name, message in (
+            (f"/proc/{os.getpid()}/fd/{secret.fileno()}", "is no shared memory"),
+            (f"/proc/{os.getpid()}/fd/99999", "cannot be opened"),
+            (f"/proc/{os.getpid()}/environ", "no name"),
+        ):
+            body = {"update_info": {"name": name, "tensors": [info]}}
+            assert message in refused(fresh, "/update_weights", body)
 
 
 def test_checksum_is_what_it_says() -> None:

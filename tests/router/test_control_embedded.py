@@ -85,8 +85,7 @@ async def a_trainer_takes_the_router_for_one_engine(server: RouterServer, peer: 
 
 
 async def bodies_may_be_chunked(server: RouterServer, peer: Peer) -> None:
-    tensors = {name: copied(name, one) for name, one in load_file(ARITHMETIC / "model.safetensors").items()}
-    content = safetensors_file(tensors)
+    content = safetensors_file(copied(load_file(ARITHMETIC / "model.safetensors")))
     assert len(content) > 1 << 20
     await post(peer, "/init_weight_transfer_engine", init_info={"backend": "http"})
     await post(peer, "/start_weight_update")

@@ -94,6 +94,7 @@ def test_a_chaos_spec() -> None:
         ("reset:0.1:for=2s", "none of its settings"),
         ("kill:0.1", "none of its settings"),
         ("kill:down=1s", "say how often"),
+        ("kill:every=9s:first=1", "no time"),
         ("kill:every=1s:down=2s", "down for less"),
         ("kill:every=0s", "down for less"),
     ],

@@ -331,7 +331,7 @@ class Control:
                 f"the fleet is at version {version}, which cannot be undone, without {failures(outcomes)}",
                 outcomes,
             )
-        return WeightUpdate(version, outcomes, transaction.seconds)
+        return WeightUpdate(version, outcomes, transaction.seconds, transaction.checksums)
 
     # -- inside -----------------------------------------------------------------------------------
 

@@ -35,6 +35,35 @@ class Ask(msgspec.Struct, frozen=True):
         return b"" if self.fields is None else orjson.dumps(self.fields)
 
 
+class Meeting(msgspec.Struct, frozen=True):
+    """Where and how the ranks of one engine and the trainer's, which is rank 0, form a group."""
+
+    address: str
+    """The trainer's."""
+    port: int
+    world_size: int
+    name: str
+    backend: str
+    """Of torch.distributed, for SGLang; vLLM has NCCL alone."""
+
+
+class Incoming(msgspec.Struct, frozen=True):
+    """A tensor that is going to be broadcast."""
+
+    name: str
+    dtype: str
+    """As torch names it: float32, bfloat16 …"""
+    shape: tuple[int, ...]
+
+
+RECEIVING: Final = frozenset({"/update_weights", "/update_weights_from_distributed"})
+"""Paths of the asks during which an engine waits for a broadcast."""
+NOT_YET: Final = frozenset({"/begin_weight_update", "/end_weight_update"})
+"""Paths of asks that older versions neither have nor need."""
+PACKED: Final = {"packed": True, "packed_buffer_size_bytes": 1 << 30, "packed_num_buffers": 2}
+"""How vLLM's tensors are put together on their way; bytes."""
+
+
 class Dialect(Protocol):
     """Each control call as the requests it takes, in order; the call has succeeded when all have. Raises
     ConfigError for what the engine cannot do."""
@@ -66,6 +95,23 @@ class Dialect(Protocol):
 
     def world_size(self) -> list[Ask]:
         """Answers an object with the engine's ranks in a group with the trainer, in `world_size_field`."""
+        ...
+
+    def weight_digests(self) -> list[Ask]:
+        """Answers digests of the weights in place: see `penstock.control.checksums`."""
+        ...
+
+    def join(self, meeting: Meeting) -> Ask:
+        """Has the engine's ranks meet the trainer's; answered when all have."""
+        ...
+
+    def receive(self, tensors: Sequence[Incoming], meeting: Meeting, version: int) -> list[Ask]:
+        """Takes tensors that the trainer broadcasts during the ask whose path is in RECEIVING; after the
+        last, no cache holds anything that older weights computed, and the engine says its version."""
+        ...
+
+    def leave(self, meeting: Meeting) -> list[Ask]:
+        """Undoes `join`, and what of `receive` was not ended; each on its own, none has to succeed."""
         ...
 
     def reload(self, path: str, version: int) -> list[Ask]:
@@ -108,6 +154,35 @@ class VLLM:
 
     def world_size(self) -> list[Ask]:
         return [Ask("/get_world_size", method="GET")]
+
+    def weight_digests(self) -> list[Ask]:
+        return [Ask("/weight_checker", {"action": "checksum"})]
+
+    def join(self, meeting: Meeting) -> Ask:
+        info = {
+            "master_address": meeting.address,
+            "master_port": meeting.port,
+            "rank_offset": 1,
+            "world_size": meeting.world_size,
+            **PACKED,
+        }
+        return Ask("/init_weight_transfer_engine", {"init_info": info})
+
+    def receive(self, tensors: Sequence[Incoming], meeting: Meeting, version: int) -> list[Ask]:
+        info = {
+            "names": [one.name for one in tensors],
+            "dtype_names": [one.dtype for one in tensors],
+            "shapes": [one.shape for one in tensors],
+        }
+        return [
+            Ask("/start_weight_update"),
+            Ask("/update_weights", {"update_info": info}),
+            Ask("/finish_weight_update", {"weight_version": str(version)}),
+            Ask("/reset_prefix_cache?reset_running_requests=true"),
+        ]
+
+    def leave(self, meeting: Meeting) -> list[Ask]:
+        return [Ask("/shutdown_weight_transfer_engine")]
 
     def reload(self, path: str, version: int) -> list[Ask]:
         return [
@@ -162,6 +237,39 @@ class SGLang:
 
     def world_size(self) -> list[Ask]:
         return [Ask("/server_info", method="GET")]
+
+    def weight_digests(self) -> list[Ask]:
+        return [Ask("/weights_checker", {"action": "checksum"})]
+
+    def join(self, meeting: Meeting) -> Ask:
+        fields = {
+            "master_address": meeting.address,
+            "master_port": meeting.port,
+            "rank_offset": 1,
+            "world_size": meeting.world_size,
+            "group_name": meeting.name,
+            "backend": meeting.backend,
+        }
+        return Ask("/init_weights_update_group", fields)
+
+    def receive(self, tensors: Sequence[Incoming], meeting: Meeting, version: int) -> list[Ask]:
+        fields = {
+            "names": [one.name for one in tensors],
+            "dtypes": [one.dtype for one in tensors],
+            "shapes": [one.shape for one in tensors],
+            "group_name": meeting.name,
+            "weight_version": str(version),
+            "flush_cache": True,
+        }
+        return [
+            Ask("/begin_weight_update", {}),
+            Ask("/update_weights_from_distributed", fields),
+            Ask("/end_weight_update", {}),
+        ]
+
+    def leave(self, meeting: Meeting) -> list[Ask]:
+        destroy = Ask("/destroy_weights_update_group", {"group_name": meeting.name})
+        return [Ask("/end_weight_update", {}), destroy]
 
     def reload(self, path: str, version: int) -> list[Ask]:
         fields = {"model_path": path, "weight_version": str(version), "flush_cache": True}

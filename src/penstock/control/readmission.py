@@ -116,7 +116,8 @@ class Readmission:
             finally:
                 del self._work[endpoint]
 
-        self._work[endpoint] = group.create_task(guarded())
+        task = self._work[endpoint] = group.create_task(guarded())
+        task.add_done_callback(lambda _: work.close())  # of one that is cancelled before it begins
 
     async def _compare(self, engine: Engine) -> None:
         """Asks an engine in use for its version."""

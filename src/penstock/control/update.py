@@ -36,6 +36,8 @@ class WeightUpdate(msgspec.Struct, frozen=True):
     """By endpoint. One that failed gets no requests until it has caught up."""
     seconds: dict[Phase, float]
     """Each phase took, on the slowest engine; what was not done is missing."""
+    checksums: dict[str, str | None]
+    """What each engine that has committed gave as the checksum of its weights; None: it gives none."""
 
 
 class Transaction:
@@ -62,6 +64,7 @@ class Transaction:
         self.outcomes: dict[str, Outcome] = {}
         """Of those that failed or have committed."""
         self.seconds: dict[Phase, float] = {}
+        self.checksums: dict[str, str | None] = {}
 
     async def run(self, *, all_or_nothing: bool) -> None:
         """Raises ControlFailed when it was given up before the commit."""
@@ -114,7 +117,7 @@ class Transaction:
     async def _commit_one(self, engine: Engine) -> None:
         versions = self._fleet.versions
         try:
-            await self._transport.commit(engine, self._version)
+            self.checksums[engine.name] = await self._transport.commit(engine, self._version)
         except BaseException as error:
             if isinstance(error, ConnectFailed) or refused(error):
                 versions.kept(engine.endpoint)

@@ -11,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import getrandbits
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import orjson
@@ -19,10 +18,10 @@ import orjson
 from penstock.engine.async_engine import AsyncEngine
 from penstock.engine.detokenizer import Detokenizer
 from penstock.engine.generation import Delta, Generation, Sample
-from penstock.engine.protocol import ChatRequest, CompletionRequest, GenerationRequest, Refused
+from penstock.engine.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from penstock.engine.sampling import SamplingParams, TokenLogprobs
 from penstock.engine.tokenizer import Tokenizer
-from penstock.errors import ConfigError
+from penstock.wire.openai_server import refusal
 from penstock.wire.server import Exchange
 
 EVENTS: Final = "text/event-stream; charset=utf-8"
@@ -44,20 +43,6 @@ class Served:
     fingerprint: str
     prompt_tokens_details: bool
     """Whether usage says how many prompt tokens came from the prefix cache."""
-
-
-def error_body(message: str, type: str, code: int, param: str | None = None) -> bytes:
-    """vLLM's form of an error."""
-    return orjson.dumps({"error": {"message": message, "type": type, "param": param, "code": code}})
-
-
-def refusal(error: Exception) -> tuple[int, bytes]:
-    """Status and body for an error; what is not the request's fault is a 500."""
-    if isinstance(error, Refused):
-        return error.code, error_body(str(error), error.type, error.code, error.param)
-    if isinstance(error, ConfigError):
-        return 400, error_body(str(error), "BadRequestError", 400)
-    return 500, error_body(str(error), "InternalServerError", 500)
 
 
 class Answer(ABC, Generic[R]):
@@ -462,8 +447,3 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def _shown(self, token_id: int, text: str) -> str:
         return f"token_id:{token_id}" if self.request.return_tokens_as_token_ids else text
-
-
-def random_id() -> str:
-    """16 hexadecimal digits."""
-    return f"{getrandbits(64):016x}"

@@ -9,9 +9,8 @@ a 500.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,35 +19,30 @@ import orjson
 
 from penstock.engine import metrics
 from penstock.engine.access import UNAUTHORIZED, ApiKeys
-from penstock.engine.answers import (
-    Answer,
-    ChatAnswer,
-    CompletionAnswer,
-    Served,
-    random_id,
-    refusal,
-)
+from penstock.engine.answers import Answer, ChatAnswer, CompletionAnswer, Served
 from penstock.engine.async_engine import AsyncEngine
 from penstock.engine.chat_template import ChatTemplate
 from penstock.engine.control import Control
 from penstock.engine.engine import LLMEngine
 from penstock.engine.params import Defaults, Limits, check_prompt, completion_length, sampling_params
-from penstock.engine.protocol import (
+from penstock.engine.protocol import ChatRequest, CompletionRequest, Templated, TokenizeRequest, plain_message
+from penstock.engine.tokenizer import Tokenizer
+from penstock.errors import ConfigError, EngineError
+from penstock.wire.openai_server import (
     AbortRequest,
-    ChatRequest,
-    CompletionRequest,
     DetokenizeRequest,
     Reader,
     Refused,
-    Templated,
-    TokenizeRequest,
-    plain_message,
+    Routes,
+    handler_of,
+    json_of,
+    model_cards,
+    package_version,
+    random_id,
+    refusal,
 )
-from penstock.engine.tokenizer import Tokenizer
-from penstock.errors import ConfigError, EngineError
-from penstock.wire.server import Exchange, Request
+from penstock.wire.server import Exchange
 
-Handler = Callable[[Exchange], None]
 R = TypeVar("R", ChatRequest, CompletionRequest)
 
 MIN_MAX_BODY: Final = 64 << 20
@@ -59,14 +53,6 @@ _COMPLETION: Final = Reader(CompletionRequest)
 _TOKENIZE: Final = Reader(TokenizeRequest)
 _DETOKENIZE: Final = Reader(DetokenizeRequest)
 _ABORT: Final = Reader(AbortRequest)
-
-
-def package_version() -> str:
-    """Of penstock, `0` when it is not installed."""
-    try:
-        return version("penstock")
-    except PackageNotFoundError:
-        return "0"
 
 
 class EngineApp:
@@ -102,7 +88,7 @@ class EngineApp:
         self._answers: set[Answer[Any]] = set()
         """Those in flight."""
         self._serials = count()
-        self._routes: Mapping[str, Mapping[str, Handler]] = {
+        self._routes: Routes = {
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/completions": {"POST": self._completion},
             "/v1/models": {"GET": self._models},
@@ -120,17 +106,11 @@ class EngineApp:
 
     def handle(self, exchange: Exchange) -> None:
         """Routes one request."""
-        request = exchange.request
-        if self._keys is not None and not self._keys.admit(request):
+        if self._keys is not None and not self._keys.admit(exchange.request):
             exchange.respond(401, UNAUTHORIZED)
             return
-        methods = self._routes.get(request.path)
-        if methods is None:
-            exchange.respond(404, b'{"detail":"Not Found"}')
-        elif (handler := methods.get(request.method)) is None:
-            allowed = {"allow": ", ".join(methods)}
-            exchange.respond(405, b'{"detail":"Method Not Allowed"}', headers=allowed)
-        else:
+        handler = handler_of(self._routes, exchange)
+        if handler is not None:
             try:
                 handler(exchange)
             except (ConfigError, EngineError) as error:
@@ -265,7 +245,7 @@ class EngineApp:
         exchange.respond(200, orjson.dumps({"server_load": len(self._answers)}))
 
     def _models(self, exchange: Exchange) -> None:
-        cards = model_card(self.names, self._root, self.limits.max_model_len, self._created)
+        cards = model_cards(self.names, self._root, self.limits.max_model_len, self._created)
         exchange.respond(200, orjson.dumps(cards))
 
     def _metrics(self, exchange: Exchange) -> None:
@@ -273,46 +253,7 @@ class EngineApp:
         exchange.respond(200, text, metrics.CONTENT_TYPE)
 
 
-def json_of(request: Request) -> bytes:
-    """The body of a request that says it is JSON. Raises Refused for another content type, as vLLM does."""
-    media_type = request.headers.get("content-type", "").partition(";")[0]
-    if media_type.strip().lower() != "application/json":
-        raise Refused("Unsupported Media Type: Only 'application/json' is allowed", type="Bad Request")
-    return request.body
-
-
 def fingerprint(llm: LLMEngine) -> str:
     """Names the software and the settings that decide what is generated."""
     settings = repr((llm.config, llm.model_config)).encode()
     return f"penstock-{package_version()}-{blake2b(settings, digest_size=4).hexdigest()}"
-
-
-def model_card(names: Sequence[str], root: str, max_model_len: int, created: int) -> Mapping[str, Any]:
-    """The answer to /v1/models."""
-    permission = {
-        "object": "model_permission",
-        "created": created,
-        "allow_create_engine": False,
-        "allow_sampling": True,
-        "allow_logprobs": True,
-        "allow_search_indices": False,
-        "allow_view": True,
-        "allow_fine_tuning": False,
-        "organization": "*",
-        "group": None,
-        "is_blocking": False,
-    }
-    cards = [
-        {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "penstock",
-            "root": root,
-            "parent": None,
-            "max_model_len": max_model_len,
-            "permission": [{"id": f"modelperm-{random_id()}", **permission}],
-        }
-        for name in names
-    ]
-    return {"object": "list", "data": cards}

@@ -30,6 +30,7 @@ from penstock.engine.generation import Delta, Generation, Sample
 from penstock.engine.metrics import Metrics
 from penstock.engine.sampling import SamplingParams
 from penstock.engine.scheduler import Pause
+from penstock.engine.weight_update import tensor_digests
 from penstock.errors import ConfigError, EngineError, PenstockError
 
 if TYPE_CHECKING:
@@ -153,6 +154,10 @@ class AsyncEngine:
     def set_weight_version(self, version: int) -> Future[int]:
         """Call the weights in place by another version."""
         return self._control(partial(self._replace_weights, None, version))
+
+    def weight_digests(self) -> Future[dict[str, str]]:
+        """See `tensor_digests`: of the parameters in place, in the engine's dtype."""
+        return self._control(partial(tensor_digests, self._engine.weights.parameters))
 
     def _control(
         self, function: Callable[[], Result], then: Callable[[], object] | None = None

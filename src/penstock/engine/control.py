@@ -13,17 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast, get_args
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 from urllib.parse import parse_qs
 
 import msgspec
 import orjson
 
-from penstock.engine.answers import refusal
 from penstock.engine.async_engine import AsyncEngine, PauseMode
 from penstock.engine.engine import LLMEngine
-from penstock.engine.protocol import Reader, Refused
 from penstock.engine.weight_update import SharedTensor, TensorInfo, WeightTransfer, read_checkpoint
+from penstock.wire.openai_server import Handler, Reader, Refused, refusal
 from penstock.wire.server import Exchange, Request
 
 COMMIT_TIMEOUT: Final = 600.0
@@ -39,7 +38,6 @@ FALSE: Final = frozenset({"0", "false", "f", "no", "n", "off"})
 RELOAD_ARGUMENTS: Final = ("weights_iterator", "weights_path", "is_checkpoint_format")
 """Of vLLM's `reload_weights`, in order."""
 
-Handler = Callable[[Exchange], None]
 Result = TypeVar("Result")
 Version = str | int
 
@@ -73,6 +71,8 @@ class StartUpdate(msgspec.Struct, kw_only=True):
 
     version: Version | None = None
     tensors: list[TensorInfo] | None = None
+    base: str | None = None
+    """What the weights in place have to be, under the name an earlier finish has given them."""
 
 
 class SharedUpdate(msgspec.Struct, kw_only=True):
@@ -85,11 +85,32 @@ class SharedUpdate(msgspec.Struct, kw_only=True):
     update_info: Info
 
 
+class UpdateInfo(msgspec.Struct, kw_only=True):
+    """/update_weights of backend `disk`, or the question whether all has come, of any backend."""
+
+    path: str | None = None
+    checksum: str | None = None
+
+
+class FileUpdate(msgspec.Struct, kw_only=True):
+    """/update_weights with one of these."""
+
+    update_info: UpdateInfo
+
+
+class WeightChecker(msgspec.Struct, kw_only=True):
+    """/weight_checker; of vLLM's actions there is this one."""
+
+    action: Literal["checksum"]
+
+
 class FinishUpdate(msgspec.Struct, kw_only=True):
     """/finish_weight_update."""
 
     weight_version: Version | None = None
     checksum: str | None = None
+    content: str | None = None
+    """A name for all of the weights as they are after it, which a later update may have as its base."""
 
 
 _RPC: Final = Reader(Rpc)
@@ -97,7 +118,11 @@ _NEW_VERSION: Final = Reader(NewVersion)
 _INIT: Final = Reader(InitTransfer)
 _START: Final = Reader(StartUpdate)
 _SHARED: Final = Reader(SharedUpdate)
+_FILE: Final = Reader(FileUpdate)
 _FINISH: Final = Reader(FinishUpdate)
+_CHECKER: Final = Reader(WeightChecker)
+_RANK: Final = "dp0:pp0:pcp0:tp0:"
+"""Before each name in what /weight_checker answers: vLLM's name of the only rank."""
 
 
 class Query:
@@ -164,6 +189,7 @@ class Control:
             "/server_info": {"GET": self._server_info},
             "/collective_rpc": {"POST": self._collective_rpc},
             "/weight_info": {"GET": self._weight_info},
+            "/weight_checker": {"POST": self._weight_checker},
             "/update_weight_version": {"POST": self._update_weight_version},
             "/init_weight_transfer_engine": {"POST": self._init_transfer},
             "/shutdown_weight_transfer_engine": {"POST": self._shutdown_transfer},
@@ -190,6 +216,8 @@ class Control:
         query = Query(exchange.request)
         level = query.level()
         asleep = self._engine.sleep(level, query.mode())
+        if level == 2:
+            self._worker.submit(self._transfer.forget)
         reply_when(asleep, exchange, lambda _: {"status": "sleeping", "level": level})
 
     def _wake_up(self, exchange: Exchange) -> None:
@@ -233,9 +261,18 @@ class Control:
         path = self._weights_path if path is None else path
         self._commit(read_checkpoint(self._weights, self._model_config, Path(path)), None)
         self._weights_path = path
+        self._transfer.forget()
 
     def _weight_info(self, exchange: Exchange) -> None:
         reply(exchange, {"weight_version": str(self._engine.weight_version)})
+
+    def _weight_checker(self, exchange: Exchange) -> None:
+        _CHECKER.read(exchange.request.body)
+        reply_when(
+            self._engine.weight_digests(),
+            exchange,
+            lambda digests: {"checksums": {_RANK + name: digest for name, digest in digests.items()}},
+        )
 
     def _update_weight_version(self, exchange: Exchange) -> None:
         version = version_number("new_version", _NEW_VERSION.read(exchange.request.body).new_version)
@@ -256,7 +293,9 @@ class Control:
         request = _START.read(exchange.request.body or b"{}")
         version = None if request.version is None else version_number("version", request.version)
         self._message(
-            exchange, partial(self._transfer.start, version, request.tensors), "Weight update started"
+            exchange,
+            partial(self._transfer.start, version, request.tensors, request.base),
+            "Weight update started",
         )
 
     def _update_weights(self, exchange: Exchange) -> None:
@@ -264,22 +303,31 @@ class Control:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() == BINARY:
             work: Callable[[], object] = partial(self._transfer.receive, request.body)
         else:
-            info = _SHARED.read(request.body).update_info
-            work = partial(self._transfer.receive_shared, info.name, info.tensors)
+            work = self._take(request.body)
         self._message(exchange, work, "Weights updated")
+
+    def _take(self, body: bytes) -> Callable[[], object]:
+        """What a part of an update that does not come in its own body asks for."""
+        file = _FILE.read(body).update_info
+        if file.checksum is not None:
+            return partial(self._transfer.check, file.checksum)
+        if file.path is not None:
+            return partial(self._transfer.receive_file, Path(file.path))
+        info = _SHARED.read(body).update_info
+        return partial(self._transfer.receive_shared, info.name, info.tensors)
 
     def _finish_update(self, exchange: Exchange) -> None:
         request = _FINISH.read(exchange.request.body or b"{}")
         version = request.weight_version
         number = None if version is None else version_number("weight_version", version)
-        finished = self._worker.submit(self._finish, number, request.checksum)
+        finished = self._worker.submit(self._finish, number, request.checksum, request.content)
         reply_when(finished, exchange, lambda answer: {"message": "Weight update finished"} | answer)
 
-    def _finish(self, version: int | None, checksum: str | None) -> dict[str, str]:
+    def _finish(self, version: int | None, checksum: str | None, content: str | None) -> dict[str, str]:
         transfer = self._transfer
         tensors, actual = transfer.finish(checksum)
         new = self._commit(tensors, transfer.version if version is None else version)
-        transfer.abort()  # its tensors are in place
+        transfer.finished(content)
         return {"weight_version": str(new), "checksum": actual}
 
     def _abort_update(self, exchange: Exchange) -> None:

@@ -9,15 +9,10 @@ from typing import Final, TypeVar
 import msgspec
 
 from penstock.engine.config import read_json
-from penstock.engine.protocol import DEFAULT_COMPLETION_TOKENS, ChatRequest, CompletionRequest, Refused
+from penstock.engine.protocol import ChatRequest, CompletionRequest
 from penstock.engine.sampling import SamplingParams
 from penstock.errors import ConfigError
-
-MAX_LOGPROBS: Final = 20
-"""Alternatives per token a request may ask for."""
-
-MAX_SAMPLES: Final = 16384
-"""Samples of one prompt in one request."""
+from penstock.wire.openai_server import DEFAULT_COMPLETION_TOKENS, MAX_LOGPROBS, MAX_SAMPLES, Refused
 
 MIN_TEMPERATURE: Final = 0.01
 """Lower temperatures, but for zero, are raised to this one: the logits would overflow."""

@@ -7,13 +7,12 @@ refused by name instead of being ignored.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
 
-from penstock.errors import ConfigError
+from penstock.wire.openai_server import DEFAULT_COMPLETION_TOKENS, Refused, StreamOptions, TokenId
 
 MAX_STOP_STRINGS: Final = 4
 """Stop strings in one request."""
@@ -21,32 +20,8 @@ MAX_STOP_STRINGS: Final = 4
 MAX_PROMPTS: Final = 1024
 """Prompts in one completion request."""
 
-DEFAULT_COMPLETION_TOKENS: Final = 16
-"""max_tokens of a completion that names none."""
-
 Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class Refused(ConfigError):
-    """A request that is answered with an error; the arguments are those of the error body."""
-
-    def __init__(
-        self, message: str, *, param: str | None = None, type: str = "BadRequestError", code: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.param = param
-        self.type = type
-        self.code = code
-        """HTTP status."""
-
-
-class StreamOptions(msgspec.Struct):
-    """What a stream says besides its text."""
-
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -273,46 +248,6 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
             raise Refused("prompt or messages: one is required", param="body.prompt", type="Bad Request")
         if self.prompt is None:
             check_messages(self)
-
-
-class DetokenizeRequest(msgspec.Struct, kw_only=True):
-    """/detokenize."""
-
-    tokens: list[TokenId]
-    model: str | None = None
-
-
-class AbortRequest(msgspec.Struct, kw_only=True):
-    """/abort_requests, and /abort with one `request_id`."""
-
-    request_ids: list[str] | None = None
-    request_id: str | None = None
-
-
-Body = TypeVar("Body")
-
-
-class Reader(Generic[Body]):
-    """Decodes request bodies of one type, as leniently as vLLM: "5" is a number where one is expected."""
-
-    def __init__(self, type: type[Body]) -> None:
-        self._decoder = msgspec.json.Decoder(type, strict=False)
-
-    def read(self, body: bytes) -> Body:
-        """Raises Refused naming the field that is wrong."""
-        try:
-            return self._decoder.decode(body)
-        except msgspec.ValidationError as error:
-            message = str(error)
-            missing = re.match(r"Object missing required field `(\w+)`", message)
-            place = re.search(r" - at `\$(.*)`$", message)
-            where = f".{missing[1]}" if missing else place[1] if place else ""
-            param = "body" + where.replace("[", ".").replace("]", "")
-            raise Refused(message, param=param, type="Bad Request") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            byte = re.search(r"byte (\d+)", str(error))
-            param = f"body.{byte[1] if byte else len(body)}" if body else "body"
-            raise Refused(f"JSON decode error: {error}", param=param, type="Bad Request") from None
 
 
 def _check_message(index: int, message: Mapping[str, Any]) -> None:

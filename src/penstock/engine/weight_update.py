@@ -1,25 +1,27 @@
-"""New weights on their way into an engine: read from a folder, or sent in parts by a trainer.
+"""New weights on their way into an engine: read from a folder, or brought in parts by a trainer.
 
 - An update is put in place as a whole or not at all. Until `commit` has returned, and whenever anything is
   refused, the engine goes on with the weights it has.
 - What is sent goes by the checkpoint's names; every tensor is checked when it is declared, and again when it
   comes. A part that is refused leaves nothing behind, so it can be sent again.
+- An update of some tensors that names its base is put in place only over that very content.
 - One update at a time: a `WeightTransfer` is used from one thread, which may wait for the engine.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 
 from penstock.engine.config import ModelConfig, read_json
 from penstock.engine.weights import Weights, is_redundant
@@ -39,11 +41,15 @@ SHORT_NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 
 SHARED_MEMORY: Final = Path("/dev/shm")
 """Folder of the files that backend `shm` reads."""
+DESCRIPTOR: Final = re.compile(r"/proc/[1-9][0-9]*/fd/[0-9]+")
+"""Memory without a name (memfd_create(2)), as another process can open it."""
+NAMELESS: Final = "/memfd:"
+"""What such a descriptor leads to begins with this."""
 
 UNCOMPARED: Final = frozenset({"dtype", "eos_token_ids", "max_position_embeddings", "sliding_window"})
 """Parts of a checkpoint's configuration that may differ in one whose weights are taken over."""
 
-Backend = Literal["http", "shm"]
+Backend = Literal["http", "shm", "disk"]
 Extent = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -83,11 +89,18 @@ class WeightTransfer:
         """By name, while an update is under way, redundant ones included."""
         self.version: int | None = None
         """Of the update under way, where it was given at its start."""
+        self._base: str | None = None
+        """The content it is to be put over, where it names one."""
+        self._checksum: str | None = None
+        """Of all that has come, while nothing more does."""
+        self.content: str | None = None
+        """The name of what the weights in place are; None where they did not come by an update that says."""
 
     def open(self, backend: str) -> None:
         """Choose how tensors will come. Raises ConfigError."""
-        if backend not in ("http", "shm"):
-            raise ConfigError(f"Weight transfer backend {backend!r} is not supported; supported: http, shm.")
+        if backend not in get_args(Backend):
+            names = ", ".join(get_args(Backend))
+            raise ConfigError(f"Weight transfer backend {backend!r} is not supported; supported: {names}.")
         if self._received is not None:
             raise ConfigError("A weight update is under way: finish or abort it first.")
         self._backend = backend  # type: ignore[assignment]
@@ -98,12 +111,18 @@ class WeightTransfer:
             raise ConfigError("A weight update is under way: finish or abort it first.")
         self._backend = None
 
-    def start(self, version: int | None, tensors: Sequence[TensorInfo] | None) -> None:
-        """Begin an update of these tensors, or of all. Raises ConfigError, and nothing is begun."""
+    def start(
+        self, version: int | None, tensors: Sequence[TensorInfo] | None, base: str | None = None
+    ) -> None:
+        """Begin an update of these tensors, or of all; `base`: only over this content.
+
+        Raises ConfigError, and nothing is begun.
+        """
         if self._backend is None:
             raise ConfigError("Weight transfer is not initialized: POST /init_weight_transfer_engine first.")
         if self._received is not None:
             raise ConfigError("A weight update is under way: finish or abort it first.")
+        self._check_base(base)
         declared: dict[str, TensorInfo] | None = None
         if tensors is not None:
             declared = {}
@@ -115,7 +134,14 @@ class WeightTransfer:
                 declared[info.name] = info
         self._declared = declared
         self._received = {}
-        self.version = version
+        self.version, self._base = version, base
+
+    def _check_base(self, base: str | None) -> None:
+        if base is not None and base != self.content:
+            raise ConfigError(
+                f"The update is to be put over {base}, and the weights in place are "
+                f"{self.content or 'not those of an update'}: send all tensors."
+            )
 
     def receive(self, content: bytes) -> None:
         """Take in a part of the update as the content of a safetensors file. Raises ConfigError."""
@@ -134,28 +160,54 @@ class WeightTransfer:
             self._weights.check("the update", info.name, info.shape)
         self._take(read_shared(name, tensors))
 
+    def receive_file(self, path: Path) -> None:
+        """Take in a part of the update from a safetensors file, which may be gone after this."""
+        self._expect("disk")
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}.") from None
+        self._take(tensors)
+
     def finish(self, checksum: str | None) -> tuple[dict[str, torch.Tensor], str]:
         """The tensors to put in place, and the checksum of all that came; the update stays under way.
 
-        Raises ConfigError when something is missing, or the checksum is not the one given.
+        Raises ConfigError when something is missing, the checksum is not the one given, or the base is gone.
         """
+        self._check_base(self._base)
+        actual = self.check(checksum)
+        received = self._under_way()
+        return {name: tensor for name, tensor in received.items() if not self._superfluous(name)}, actual
+
+    def finished(self, content: str | None) -> None:
+        """The tensors are in place, and the weights have a new name."""
+        self.content = content
+        self.abort()
+
+    def check(self, checksum: str | None) -> str:
+        """The checksum of all that has come. Raises ConfigError as `finish`."""
         received = self._under_way()
         expected = self._weights.parameters.keys() if self._declared is None else self._declared.keys()
         if missing := expected - received.keys():
             raise ConfigError(
                 f"The update lacks {len(missing)} of {len(expected)} tensors, {min(missing)} among them."
             )
-        actual = tensor_checksum(received)
-        if checksum is not None and checksum != actual:
+        if self._checksum is None:
+            self._checksum = tensor_checksum(received)
+        if checksum is not None and checksum != self._checksum:
             raise ConfigError(
-                f"What came has checksum {actual}, not {checksum}: abort the update and send it anew."
+                f"What came has checksum {self._checksum}, not {checksum}: abort the update and send it anew."
             )
-        return {name: tensor for name, tensor in received.items() if not self._superfluous(name)}, actual
+        return self._checksum
+
+    def forget(self) -> None:
+        """The weights in place are no longer those of an update."""
+        self.content = None
 
     def abort(self) -> bool:
         """Forget the update under way; False when there is none."""
         under_way = self._received is not None
-        self._received = self._declared = self.version = None
+        self._received = self._declared = self.version = self._base = self._checksum = None
         return under_way
 
     def _under_way(self) -> dict[str, torch.Tensor]:
@@ -179,6 +231,7 @@ class WeightTransfer:
             if self._declared is not None:
                 self._compare(name, tensor)
         received.update(tensors)
+        self._checksum = None
 
     def _compare(self, name: str, tensor: torch.Tensor) -> None:
         """Raises ConfigError unless the tensor is as it was declared."""
@@ -211,6 +264,21 @@ def tensor_checksum(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, little-endian, in row-major order, in hexadecimal.
+
+    Raises ConfigError for one whose memory was given back.
+    """
+    digests = {}
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().nbytes() == 0 < tensor.numel():
+            raise ConfigError("The weights are asleep: there is nothing to check.")
+        # A copy: torch cannot give back memory that was an array of numpy.
+        flat = tensor.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8)
+        digests[name] = sha256(memory_of(flat)).hexdigest()
+    return digests
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor of uint8 on CPU, not copied."""
     array: Any = tensor.numpy()
@@ -218,15 +286,9 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_shared(name: str, tensors: Sequence[SharedTensor]) -> dict[str, torch.Tensor]:
-    """Copies of tensors in the POSIX shared memory of this name. Raises ConfigError."""
-    name = name.removeprefix("/")
-    if "/" in name or name in ("", ".", ".."):
-        raise ConfigError(f"{name!r} is no name of shared memory.")
+    """Copies of tensors in the shared memory of this name. Raises ConfigError."""
     copies: dict[str, torch.Tensor] = {}
-    try:
-        file = os.open(SHARED_MEMORY / name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConfigError(f"Shared memory {name} cannot be opened: {error.strerror}.") from None
+    file = open_shared(name)
     try:
         for info in tensors:
             if info.name in copies:
@@ -235,6 +297,24 @@ def read_shared(name: str, tensors: Sequence[SharedTensor]) -> dict[str, torch.T
     finally:
         os.close(file)
     return copies
+
+
+def open_shared(name: str) -> int:
+    """A descriptor of POSIX shared memory, or of another process' memory without a name. Raises ConfigError.
+
+    Such memory is named as /proc/PID/fd/N; nothing else that a process has open can be read by it.
+    """
+    nameless = DESCRIPTOR.fullmatch(name) is not None
+    short = name.removeprefix("/")
+    if not nameless and ("/" in short or short in ("", ".", "..")):
+        raise ConfigError(f"{name!r} is no name of shared memory.")
+    path = Path(name) if nameless else SHARED_MEMORY / short
+    try:
+        if nameless and not str(path.readlink()).startswith(NAMELESS):
+            raise ConfigError(f"{name!r} is no shared memory.")
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"Shared memory {name} cannot be opened: {error.strerror}.") from None
 
 
 def _read_tensor(file: int, source: str, info: SharedTensor) -> torch.Tensor:

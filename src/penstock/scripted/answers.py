@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from random import getrandbits
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -295,8 +294,3 @@ class StreamAnswer(Answer):
                 **more,
             }
         )
-
-
-def random_id() -> str:
-    """16 hexadecimal digits."""
-    return f"{getrandbits(64):016x}"

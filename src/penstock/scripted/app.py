@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from random import Random
 from typing import Any, Final, cast, get_args
 from urllib.parse import parse_qs
@@ -18,29 +17,36 @@ from urllib.parse import parse_qs
 import orjson
 
 from penstock.scripted import metrics
-from penstock.scripted.answers import Answer, Asked, StreamAnswer, WholeAnswer, random_id
+from penstock.scripted.answers import Answer, Asked, StreamAnswer, WholeAnswer
 from penstock.scripted.batch import Batch, PauseMode
 from penstock.scripted.chaos import IN_THE_MIDDLE, Draws, Fault
 from penstock.scripted.config import ScriptedConfig
 from penstock.scripted.connection import Line
 from penstock.scripted.forms import CHAT, TEXT, Form
 from penstock.scripted.protocol import (
-    AbortRequest,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
     GenerationRequest,
     Prompt,
-    Reader,
-    Refused,
     TokenizeRequest,
-    error_body,
 )
 from penstock.scripted.samples import Reason, Sample
 from penstock.scripted.text import decode, encode, tag_of
+from penstock.wire.openai_server import (
+    AbortRequest,
+    DetokenizeRequest,
+    Reader,
+    Refused,
+    Routes,
+    error_body,
+    handler_of,
+    json_of,
+    model_cards,
+    package_version,
+    random_id,
+    refusal,
+)
 from penstock.wire.server import Exchange, Request
-
-Handler = Callable[[Exchange], None]
 
 PARTS: Final = frozenset({"weights", "kv_cache"})
 """What sleeps, by vLLM's tags."""
@@ -71,7 +77,7 @@ class ScriptedApp:
         )
         self._created = int(time.time())
         self._ttft = Random(f"{config.seed}/ttft")
-        self._routes: Mapping[str, Mapping[str, Handler]] = {
+        self._routes: Routes = {
             "/v1/chat/completions": {"POST": self._chat},
             "/v1/completions": {"POST": self._completion},
             "/v1/models": {"GET": self._models},
@@ -98,18 +104,12 @@ class ScriptedApp:
 
     def handle(self, exchange: Exchange) -> None:
         """Routes one request."""
-        request = exchange.request
-        methods = self._routes.get(request.path)
-        if methods is None:
-            exchange.respond(404, b'{"detail":"Not Found"}')
-        elif (handler := methods.get(request.method)) is None:
-            exchange.respond(405, b'{"detail":"Method Not Allowed"}', headers={"allow": ", ".join(methods)})
-        else:
+        handler = handler_of(self._routes, exchange)
+        if handler is not None:
             try:
                 handler(exchange)
             except Refused as error:
-                body = error_body(str(error), error.type, error.code, error.param)
-                exchange.respond(error.code, body)
+                exchange.respond(*refusal(error))
 
     # -- generation ---------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class ScriptedApp:
         account = self.batch.account
         named = exchange.request.headers.get("x-request-id")
         try:
-            request = reader.read(exchange.request)
+            request = reader.read(json_of(exchange.request))
         except Refused:
             account.ended(account.arrived(named or random_id()), "refused")
             raise
@@ -241,23 +241,11 @@ class ScriptedApp:
     # -- what it is ---------------------------------------------------------------------------------
 
     def _models(self, exchange: Exchange) -> None:
-        cards: list[dict[str, Any]] = [
-            {
-                "id": name,
-                "object": "model",
-                "created": self._created,
-                "owned_by": "penstock",
-                "root": self.config.model,
-                "parent": None,
-                "max_model_len": self.config.context,
-                "permission": [_permission(self._created)],
-            }
-            for name in self.config.names
-        ]
-        reply(exchange, {"object": "list", "data": cards})
+        config = self.config
+        reply(exchange, model_cards(config.names, config.model, config.context, self._created))
 
     def _tokenize(self, exchange: Exchange) -> None:
-        request = _TOKENIZE.read(exchange.request)
+        request = _TOKENIZE.read(json_of(exchange.request))
         self._check_model(request.model)
         tokens = encode(request.text())
         strings = [decode([token]) for token in tokens] if request.return_token_strs else None
@@ -265,7 +253,7 @@ class ScriptedApp:
         reply(exchange, answer | {"tokens": tokens, "token_strs": strings})
 
     def _detokenize(self, exchange: Exchange) -> None:
-        reply(exchange, {"prompt": decode(_DETOKENIZE.read(exchange.request).tokens)})
+        reply(exchange, {"prompt": decode(_DETOKENIZE.read(json_of(exchange.request)).tokens)})
 
     def _health(self, exchange: Exchange) -> None:
         exchange.respond(200, b"")
@@ -283,7 +271,7 @@ class ScriptedApp:
 
     def _abort(self, exchange: Exchange) -> None:
         """`{"request_ids": […]}` or `{"request_id": …}`; with neither, everything in flight."""
-        request = _ABORT.read(exchange.request, typed=False)
+        request = _ABORT.read(exchange.request.body)
         ids = set(request.request_ids or ())
         if request.request_id is not None:
             ids.add(request.request_id)
@@ -352,31 +340,6 @@ class ScriptedApp:
 def reply(exchange: Exchange, answer: Mapping[str, Any]) -> None:
     """Answer 200."""
     exchange.respond(200, orjson.dumps(answer))
-
-
-def _permission(created: int) -> dict[str, Any]:
-    return {
-        "id": f"modelperm-{random_id()}",
-        "object": "model_permission",
-        "created": created,
-        "allow_create_engine": False,
-        "allow_sampling": True,
-        "allow_logprobs": True,
-        "allow_search_indices": False,
-        "allow_view": True,
-        "allow_fine_tuning": False,
-        "organization": "*",
-        "group": None,
-        "is_blocking": False,
-    }
-
-
-def package_version() -> str:
-    """Of penstock, `0` when it is not installed."""
-    try:
-        return version("penstock")
-    except PackageNotFoundError:
-        return "0"
 
 
 def _query(request: Request, name: str) -> str | None:

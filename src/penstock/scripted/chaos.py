@@ -9,7 +9,8 @@ A spec is a list of faults; a fault is its name, the probability that a request 
                  for ever, or with `for=5s` that long, and then the rest
     half         half a body, then an ordinary close      slow         the first token comes `by=2s` later
     400 … 599    that status; `retry_after=2` adds the header, in seconds
-    kill         `every=20s` all connections are reset and the port is closed for one second, or for `down=3s`
+    kill         `every=20s` all connections are reset and the port is closed for one second, or `down=3s`;
+                 the first time after `every`, or `first=5s`
 
 Each fault draws from randomness of its own, seeded by the engine's seed and its name, or by `seed=7`: to add
 a fault changes nothing about when the others strike. Of several the first in the spec counts.
@@ -54,10 +55,12 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kill:
-    """The whole engine goes away, again and again. Both in seconds."""
+    """The whole engine goes away, again and again. All in seconds."""
 
     every: float
     down: float = DOWN
+    first: float | None = None
+    """Until the first time. None: `every`."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,11 @@ def _fault(name: str, settings: Sequence[str]) -> Fault:
 
 
 def _kill(settings: Sequence[str]) -> Kill:
-    given = _named(settings, {"every", "down"})
+    given = _named(settings, {"every", "down", "first"})
     if "every" not in given:
         raise ConfigError("say how often, such as kill:every=20s")
-    kill = Kill(seconds(given["every"]), seconds(given["down"]) if "down" in given else DOWN)
+    first = seconds(given["first"]) if "first" in given else None
+    kill = Kill(seconds(given["every"]), seconds(given["down"]) if "down" in given else DOWN, first)
     if not 0 < kill.down < kill.every:
         raise ConfigError(f"it must be down for less than the {kill.every:g} s from one kill to the next")
     return kill

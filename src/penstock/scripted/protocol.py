@@ -6,26 +6,20 @@ ignored, as are unknown fields; what decides the shape of an answer is checked a
 
 from __future__ import annotations
 
-import re
 from array import array
-from typing import Annotated, Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import msgspec
-import orjson
 
-from penstock.errors import ConfigError
 from penstock.scripted.text import VOCAB_SIZE, Start, count_tokens, encode, tail_of_ids, tail_of_text
-from penstock.wire.server import Request
-
-DEFAULT_COMPLETION_TOKENS: Final = 16
-"""max_tokens of a completion that names none."""
-
-MAX_SAMPLES: Final = 16384
-"""Samples of one prompt in one request."""
-
-
-MAX_LOGPROBS: Final = 20
-"""Alternatives per token a request may ask for."""
+from penstock.wire.openai_server import (
+    DEFAULT_COMPLETION_TOKENS,
+    MAX_LOGPROBS,
+    MAX_SAMPLES,
+    Refused,
+    StreamOptions,
+    TokenId,
+)
 
 RANGES: Final = (
     ("temperature", 0.0, 2.0, "temperature"),
@@ -37,32 +31,6 @@ RANGES: Final = (
     ("repetition_penalty", 1e-9, 1e9, None),
 )
 """Least and most that a sampling parameter may be, and the `param` of the refusal."""
-
-
-TokenId = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class Refused(ConfigError):
-    """A request that is answered with an error; the arguments are those of the error body."""
-
-    def __init__(
-        self, message: str, *, param: str | None = None, type: str = "BadRequestError", code: int = 400
-    ) -> None:
-        super().__init__(message)
-        self.param = param
-        self.type = type
-        self.code = code
-        """HTTP status."""
-
-
-def error_body(message: str, type: str, code: int, param: str | None = None) -> bytes:
-    """vLLM's form of an error."""
-    return orjson.dumps({"error": {"message": message, "type": type, "param": param, "code": code}})
-
-
-class StreamOptions(msgspec.Struct):
-    include_usage: bool | None = False
-    continuous_usage_stats: bool | None = False
 
 
 class Prompt(NamedTuple):
@@ -248,20 +216,6 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
         return render(self.messages, open=self.continue_final_message)
 
 
-class DetokenizeRequest(msgspec.Struct, kw_only=True):
-    """/detokenize."""
-
-    tokens: list[TokenId]
-    model: str | None = None
-
-
-class AbortRequest(msgspec.Struct, kw_only=True):
-    """/abort_requests, and /abort with one `request_id`."""
-
-    request_ids: list[str] | None = None
-    request_id: str | None = None
-
-
 def render(messages: list[dict[str, Any]], *, open: bool) -> str:
     """The chat template. `open`: the last message has no end yet. Raises Refused."""
     if not messages:
@@ -294,33 +248,3 @@ def _content(index: int, message: dict[str, Any]) -> str:
 
 def _unfit(index: int, why: str) -> Refused:
     return Refused(f"messages[{index}] {why}", param=f"body.messages.{index}", type="Bad Request")
-
-
-Body = TypeVar("Body")
-
-
-class Reader(Generic[Body]):
-    """Decodes request bodies of one type, as leniently as vLLM: "5" is a number where one is expected."""
-
-    def __init__(self, type: type[Body]) -> None:
-        self._decoder = msgspec.json.Decoder(type, strict=False)
-
-    def read(self, request: Request, *, typed: bool = True) -> Body:
-        """Raises Refused naming the field that is wrong. `typed`: the content type must be JSON's."""
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if typed and media_type != "application/json":
-            raise Refused("Unsupported Media Type: Only 'application/json' is allowed", type="Bad Request")
-        body = request.body
-        try:
-            return self._decoder.decode(body)
-        except msgspec.ValidationError as error:
-            message = str(error)
-            missing = re.match(r"Object missing required field `(\w+)`", message)
-            place = re.search(r" - at `\$(.*)`$", message)
-            where = f".{missing[1]}" if missing else place[1] if place else ""
-            param = "body" + where.replace("[", ".").replace("]", "")
-            raise Refused(message, param=param, type="Bad Request") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            byte = re.search(r"byte (\d+)", str(error))
-            param = f"body.{byte[1] if byte else len(body)}" if body else "body"
-            raise Refused(f"JSON decode error: {error}", param=param, type="Bad Request") from None

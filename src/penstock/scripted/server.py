@@ -78,9 +78,12 @@ class ScriptedServer:
                 await asyncio.sleep(PORT_RETRY)
 
     async def _kill_again_and_again(self, kill: Kill) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + (kill.every if kill.first is None else kill.first)
         while True:
-            await asyncio.sleep(kill.every)
+            await asyncio.sleep(due - loop.time())
             await self.kill(kill.down)
+            due += kill.every
 
     def _new_server(self) -> HttpServer:
         return HttpServer(
