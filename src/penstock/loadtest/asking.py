@@ -1,7 +1,8 @@
 """One request, sent and timed: on bare connections, or through the client.
 
 Both ask the same: the body is made of the same fields, and a test compares the bytes. A stream counts as
-answered when it came whole, up to its [DONE].
+answered when it came whole, up to its [DONE]. An answer that carries the id of another request of the run
+(engines answer under the X-Request-Id they were given) is `WrongAnswer`.
 
 On bare connections a chunk costs a look at the clock and a search in its bytes: the time is taken where the
 socket is read, nothing is parsed but the last few events, and of the body no more than these is kept.
@@ -13,21 +14,29 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
-from typing import Final, Protocol, Self
+from typing import ClassVar, Final, NamedTuple, Protocol, Self
 
 import httptools
 import msgspec
 
 from penstock import __version__
 from penstock.client import Client
-from penstock.continuation import CHAT
+from penstock.continuation import CHAT, TEXT
 from penstock.errors import ConnectionLost, MalformedResponse, PenstockError, ResponseError
 from penstock.fleet.fleet import Fleet
 from penstock.loadtest.plan import Target
 from penstock.loadtest.workload import Workload
 from penstock.wire.address import Address
-from penstock.wire.connection import Connection, Owner, Response
-from penstock.wire.openai import UNREADABLE, UsageBody, chat_fields, encode, response_error, usage_of
+from penstock.wire.connection import Connection, Owner, Response, Timeouts
+from penstock.wire.openai import (
+    UNREADABLE,
+    UsageBody,
+    chat_fields,
+    encode,
+    response_error,
+    text_fields,
+    usage_of,
+)
 from penstock.wire.openai_stream import DONE, Chunk
 from penstock.wire.pool import Pool
 from penstock.wire.sse import EventParser
@@ -37,6 +46,8 @@ TAIL: Final = 8
 EVENT: Final = b"data: {"
 """How an event begins that is not [DONE]. Inside an event it could only be text of the model."""
 OK: Final = 200
+WRONG: Final = "WrongAnswer"
+"""The error of an answer to another request."""
 STREAMED: Final = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -52,6 +63,17 @@ class Answered(msgspec.Struct, gc=False):
     """Why there is no answer: a type of error, and the status where there was one."""
 
 
+class Connections(NamedTuple):
+    """Counts of a process, so far."""
+
+    opened: int = 0
+    resent: int = 0
+    """Requests sent again because a kept connection had died."""
+    retries: int = 0
+    strays: int = 0
+    """Answers that nobody had asked for."""
+
+
 class Askers(Protocol):
     """Sends numbered requests. `async with` owns the connections."""
 
@@ -63,9 +85,7 @@ class Askers(Protocol):
         """Never raises a PenstockError: what went wrong is the answer's error."""
         ...
 
-    def connections(self) -> tuple[int, int, int]:
-        """Connections opened, requests resent because a kept connection had died, and retries, so far."""
-        ...
+    def connections(self) -> Connections: ...
 
 
 class _Usage(msgspec.Struct, gc=False):
@@ -86,7 +106,23 @@ class StampedResponse(Response):
         self.times = times
 
 
-class StampedConnection(Connection):
+class CountedConnection(Connection):
+    """Counts the answers that nobody had asked for, those of all connections of this process together."""
+
+    __slots__ = ()
+    strays: ClassVar[int] = 0
+
+    def data_received(self, data: bytes) -> None:
+        if self._waiter is None and self._stream is None:
+            CountedConnection.strays += 1
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        CountedConnection.strays += self._response is not None  # a second one, behind the first
+        super().on_message_begin()
+
+
+class StampedConnection(CountedConnection):
     """Notes when each event of a streamed response is read from the socket, and keeps only its end."""
 
     __slots__ = ("_bare", "_times")
@@ -121,6 +157,35 @@ class StampedConnection(Connection):
             self._response = StampedResponse(self._response, self._times[self._bare :])
 
 
+class _Pools:
+    """Pools as a target wants them, and their counts."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._all: list[Pool] = []
+        self._strays = CountedConnection.strays
+
+    def add(self, address: Address, kind: type[Connection] = CountedConnection) -> Pool:
+        bound = self._target.timeout
+        pool = Pool(
+            address,
+            timeouts=Timeouts() if bound is None else Timeouts(first_byte=bound, idle=bound),
+            connection_type=kind,
+            source_addresses=self._target.source_addresses,
+        )
+        self._all.append(pool)
+        return pool
+
+    def counts(self, retries: int = 0) -> Connections:
+        statistics = [pool.statistics() for pool in self._all]
+        return Connections(
+            opened=sum(one.opened for one in statistics),
+            resent=sum(one.resent for one in statistics),
+            retries=retries,
+            strays=CountedConnection.strays - self._strays,
+        )
+
+
 class RawAskers:
     """Asks without retries, of each URL in turn."""
 
@@ -128,6 +193,8 @@ class RawAskers:
         self._target = target
         self._workload = workload
         self._run = run
+        self._mark = f"{run}.".encode("ascii")
+        self._made = _Pools(target)
         self._pools: list[Pool] = []
         self._heads: list[bytes] = []
 
@@ -136,12 +203,12 @@ class RawAskers:
         bearer = f"authorization: Bearer {key}\r\n" if key is not None else ""
         for url in self._target.urls:
             address = Address.parse(url)
-            kind = StampedConnection if self._target.stream else Connection
             self._pools.append(
-                Pool(address, connection_type=kind, source_addresses=self._target.source_addresses)
+                self._made.add(address, StampedConnection if self._target.stream else CountedConnection)
             )
+            route = CHAT if self._target.api == "chat" else TEXT
             head = (
-                f"POST {address.api}{CHAT} HTTP/1.1\r\nhost: {address.authority}\r\n"
+                f"POST {address.api}{route} HTTP/1.1\r\nhost: {address.authority}\r\n"
                 f"user-agent: penstock/{__version__}\r\n{bearer}content-type: application/json\r\n"
                 f"x-request-id: {self._run}."
             )
@@ -153,17 +220,16 @@ class RawAskers:
             await pool.close()
 
     async def ask(self, number: int) -> Answered:
-        workload, target = self._workload, self._target
         which = number % len(self._pools)
-        extra = STREAMED if target.stream else None
-        fields = chat_fields(workload.messages(number), workload.params(number), target.model, extra)
         try:
             response = await self._pools[which].request(
-                b"%s%d\r\n" % (self._heads[which], number), encode(fields)
+                b"%s%d\r\n" % (self._heads[which], number), self._body(number)
             )
             if response.status != OK:
                 raise response_error(response)
             end = monotonic()
+            if is_foreign(response.body, self._mark, number):
+                return Answered(end, error=WRONG)
             if isinstance(response, StampedResponse):
                 return of_stream(response.body, response.times, end)
             usage = usage_of(_decode_usage(response.body).usage)
@@ -173,9 +239,16 @@ class RawAskers:
             return Answered(monotonic(), error=MalformedResponse.__name__)
         return Answered(end, (), usage.prompt_tokens, usage.completion_tokens)
 
-    def connections(self) -> tuple[int, int, int]:
-        statistics = [pool.statistics() for pool in self._pools]
-        return sum(one.opened for one in statistics), sum(one.resent for one in statistics), 0
+    def _body(self, number: int) -> bytes:
+        workload, model = self._workload, self._target.model
+        params = workload.params(number)
+        extra = STREAMED if self._target.stream else None
+        if self._target.api == "chat":
+            return encode(chat_fields(workload.messages(number), params, model, extra))
+        return encode(text_fields(workload.prompt(number), params, model, extra))
+
+    def connections(self) -> Connections:
+        return self._made.counts()
 
 
 class ClientAskers:
@@ -185,19 +258,15 @@ class ClientAskers:
         self._target = target
         self._workload = workload
         self._run = run
-        self._pools: list[Pool] = []
+        self._made = _Pools(target)
         self._fleet = Fleet(
             list(target.urls),
             api_key=target.api_key,
+            max_in_flight=target.max_in_flight,
             source_addresses=target.source_addresses,
-            transport=self._pool,
+            transport=self._made.add,
         )
-        self._client = Client(self._fleet, model=target.model)
-
-    def _pool(self, address: Address) -> Pool:
-        pool = Pool(address, source_addresses=self._target.source_addresses)
-        self._pools.append(pool)
-        return pool
+        self._client = Client(self._fleet, model=target.model, resume_streams=target.resume_streams)
 
     async def __aenter__(self) -> Self:
         await self._client.__aenter__()
@@ -207,12 +276,14 @@ class ClientAskers:
         await self._client.__aexit__(None, None, None)
 
     async def ask(self, number: int) -> Answered:
-        messages, params = self._workload.messages(number), self._workload.params(number)
+        workload, params = self._workload, self._workload.params(number)
+        chat = self._target.api == "chat"
+        asked = workload.messages(number) if chat else workload.prompt(number)
         name = f"{self._run}.{number}"
         times: list[float] = []
         try:
             if self._target.stream:
-                async with self._client.stream(messages, params, request_id=name) as stream:
+                async with self._client.stream(asked, params, request_id=name) as stream:
                     times = [
                         monotonic()
                         async for delta in stream
@@ -220,19 +291,29 @@ class ClientAskers:
                     ]
                 end, usage = monotonic(), stream.sample.usage
             else:
-                sample = await self._client.chat(messages, params, request_id=name)
+                ask = self._client.chat if chat else self._client.complete
+                sample = await ask(asked, params, request_id=name)  # type: ignore[arg-type]
                 end, usage = monotonic(), sample.usage
         except PenstockError as error:
             return Answered(monotonic(), error=kind_of(error))
         return Answered(end, times, usage.prompt_tokens, usage.completion_tokens or len(times))
 
-    def connections(self) -> tuple[int, int, int]:
-        statistics = [pool.statistics() for pool in self._pools]
-        opened, resent = sum(one.opened for one in statistics), sum(one.resent for one in statistics)
-        return opened, resent, self._fleet.retries
+    def connections(self) -> Connections:
+        return self._made.counts(self._fleet.retries)
 
 
 ASKERS: Final[dict[str, type[RawAskers] | type[ClientAskers]]] = {"raw": RawAskers, "client": ClientAskers}
+
+
+def is_foreign(body: bytes, mark: bytes, number: int) -> bool:
+    """Whether an answer, or its end, carries the id of another request than `number`. mark: what the ids of
+    this run begin with."""
+    at = body.find(mark)
+    if at < 0:
+        return False
+    begin = at + len(mark)
+    own = b"%d" % number
+    return not body.startswith(own, begin) or body[begin + len(own) : begin + len(own) + 1].isdigit()
 
 
 def of_stream(tail: bytes, times: list[float], end: float) -> Answered:
@@ -298,4 +379,14 @@ def kind_of(error: PenstockError) -> str:
     return name
 
 
-__all__ = ["ASKERS", "Answered", "Askers", "ClientAskers", "RawAskers", "kind_of", "of_stream"]
+__all__ = [
+    "ASKERS",
+    "Answered",
+    "Askers",
+    "ClientAskers",
+    "Connections",
+    "RawAskers",
+    "is_foreign",
+    "kind_of",
+    "of_stream",
+]

@@ -24,7 +24,7 @@ from penstock import __version__
 from penstock.errors import ConfigError
 from penstock.loadtest.account import Account, account
 from penstock.loadtest.metrics import Engine, Point, merged, usage_of
-from penstock.loadtest.plan import METRICS, Asker, Beat, Extent, Job, Load, Tally, Target
+from penstock.loadtest.plan import METRICS, Api, Asker, Beat, Extent, Job, Load, Tally, Target
 from penstock.loadtest.processes import LEAD, Generators
 from penstock.loadtest.stand import Stand
 from penstock.loadtest.watching import Watch
@@ -57,7 +57,15 @@ class Bench:
     layers: Sequence[str] = ("engine",)
     processes: int = 2
     """Of the generator."""
+    api: Api = "chat"
+    """chat: /v1/chat/completions. completions: /v1/completions, of the same text."""
     stream: bool = True
+    timeout: float | None = None
+    """Seconds without a byte after which a request is given up. None: as the client has it."""
+    resume_streams: bool = False
+    """The client continues streams that break off."""
+    max_in_flight: int | None = None
+    """Requests the client lets be in flight at each URL, in all processes together. None: all."""
     goodput: tuple[tuple[str, float], ...] = ()
     """(metric, seconds)."""
     seed: int = 0
@@ -72,6 +80,13 @@ class Bench:
                 raise ConfigError(f"there is no layer {layer!r}; choose from {', '.join(LAYERS)}")
         if self.processes < 1:
             raise ConfigError(f"the generator needs at least one process, not {self.processes}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(f"the timeout must be positive, not {self.timeout:g}")
+        if self.max_in_flight is not None and self.max_in_flight < self.processes:
+            raise ConfigError(
+                f"each of the {self.processes} processes has at least 1 request in flight at each URL, "
+                f"so that there are not at most {self.max_in_flight}"
+            )
         for metric, _ in self.goodput:
             if metric not in METRICS or metric == "itl":
                 raise ConfigError(f"goodput is over ttft, tpot and e2el, not {metric!r}")
@@ -104,6 +119,8 @@ class Result(msgspec.Struct, kw_only=True):
     """What it was asked to do."""
     machine: dict[str, Any] = {}
     points: list[Point] = []
+    interrupted: bool = False
+    """It was stopped before the last point."""
 
     @property
     def invalid(self) -> list[str]:
@@ -146,7 +163,11 @@ async def _point(
         asker=asker,
         model=stand.model,
         api_key=bench.api_key,
+        api=bench.api,
         stream=bench.stream,
+        timeout=bench.timeout,
+        resume_streams=bench.resume_streams,
+        max_in_flight=None if bench.max_in_flight is None else bench.max_in_flight // bench.processes,
         source_addresses=bench.source_addresses,
     )
     job = Job(
@@ -159,8 +180,9 @@ async def _point(
         goodput=bench.goodput,
     )
     before = await stand.served()
-    begin = monotonic() + LEAD + load.shape.ramp + bench.extent.warmup
-    async with Watch(stand.pids, stand.router_url if routed else None) as watch:
+    start = monotonic() + LEAD
+    begin = start + load.shape.ramp + bench.extent.warmup
+    async with Watch(stand.pids, stand.router_url if routed else None, stand.held) as watch:
         tallies = await generators.measure(
             job, None if on_beat is None else lambda beats: on_beat(layer, load, beats)
         )
@@ -173,9 +195,11 @@ async def _point(
         asker="client" if asker == "client" else "generator",
     )
     used = _usage(watch, stand, tallies, begin, routed)
+    wall = max(tally.wall for tally in tallies)
     return msgspec.structs.replace(
         point,
         account=seen,
+        held=watch.held(begin, begin + wall, start),
         engines=_spread(stand.urls, before, await stand.served()),
         usage={**point.usage, **used},
     )

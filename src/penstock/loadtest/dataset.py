@@ -15,9 +15,10 @@ from typing import Any, Final
 import orjson
 
 from penstock.errors import ConfigError
+from penstock.inputs.jsonl import JsonlInput
 from penstock.loadtest.lengths import LONGEST
 from penstock.loadtest.workload import Item, words
-from penstock.prompt import JsonlInput, PromptFormat, parse_row
+from penstock.prompt import PromptFormat, parse_row
 
 LIMIT: Final = 10_000
 """Prompts read from a file."""

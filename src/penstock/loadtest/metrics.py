@@ -103,9 +103,13 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     connections_opened: int
     resets: int
     retries: int
+    strays: int = 0
+    """Answers that nobody had asked for, such as a second one to a request."""
     account: Account | None = None
     """None: the engines do not account for their requests."""
     engines: list[Engine] = []
+    held: list[tuple[float, int]] = []
+    """(seconds after the start, requests that run or wait at all engines), by their metrics."""
     usage: dict[str, Usage] = {}
     """Of the generator (which is the client, in the client's layers), the router and the engines."""
     timeline: list[Moment] = []
@@ -148,6 +152,7 @@ def merged(
         connections_opened=sum(t.opened for t in tallies),
         resets=sum(t.resets for t in tallies),
         retries=sum(t.retries for t in tallies),
+        strays=sum(t.strays for t in tallies),
         usage={asker: _generator_usage(tallies, histograms["lag"])},
         timeline=_timeline(tallies),
     )

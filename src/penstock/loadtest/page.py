@@ -13,28 +13,29 @@ from typing import Final
 from penstock.loadtest.bench import LAYERS, Result
 from penstock.loadtest.metrics import Point
 from penstock.loadtest.plots import COLOURS, INK, Line, bar_chart, line_chart
-from penstock.loadtest.tables import notes, verdict
+from penstock.loadtest.tables import UNKNOWN, added, headlines, notes, verdict
 from penstock.loadtest.values import value_of
 
 COLUMNS: Final = (
     ("requests/s", "request_throughput"), ("tokens/s", "output_throughput"), ("goodput", "goodput"),
+    ("errors", "errors"), ("lost", "lost"), ("duplicated", "duplicated"), ("orphaned", "orphaned"),
     ("ttft p50", "p50_ttft"), ("p99", "p99_ttft"), ("tpot p50", "p50_tpot"), ("p99", "p99_tpot"),
     ("itl p50", "p50_itl"), ("p99", "p99_itl"), ("e2el p50", "p50_e2el"), ("p90", "p90_e2el"),
-    ("p99", "p99_e2el"), ("p99.9", "p99.9_e2el"), ("errors", "errors"), ("lost", "lost"),
-    ("duplicated", "duplicated"), ("orphaned", "orphaned"),
+    ("p99", "p99_e2el"), ("p99.9", "p99.9_e2el"),
 )  # fmt: skip
 
 STYLE: Final = f"""
 :root {{ color-scheme: light dark; --page: #fff; --text: #1f2328; --rule: #d0d7de; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --page: #0d1117; --text: #e6edf3; --rule: #30363d; }} }}
 body {{ background: var(--page); color: var(--text); font: 14px/1.5 system-ui, sans-serif;
-  margin: 2em auto; max-width: 1120px; padding: 0 1em; }}
+  margin: 2em auto; max-width: 1240px; padding: 0 1em; }}
 h1 {{ font-size: 1.4em; }} h2 {{ font-size: 1.1em; margin: 2em 0 .5em; }}
 .valid, .invalid {{ padding: .6em 1em; border-left: 4px solid #1a9c5b; }}
 .invalid {{ border-color: #d9483b; }}
-.wide {{ overflow-x: auto; }} .charts {{ display: flex; flex-wrap: wrap; gap: 24px; }}
+.wide {{ overflow-x: auto; }} .wide table {{ font-size: 12.5px; }}
+.charts {{ display: flex; flex-wrap: wrap; gap: 24px; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }}
-td, th {{ padding: .15em .7em; text-align: right; border-bottom: 1px solid var(--rule); }}
+td, th {{ padding: .15em .5em; text-align: right; border-bottom: 1px solid var(--rule); }}
 td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left; }}
 svg {{ max-width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: {INK}; }}
 svg .t {{ font-size: 13px; font-weight: 600; fill: var(--text); }} svg .g {{ stroke: var(--rule); }}
@@ -49,11 +50,12 @@ def page(result: Result) -> str:
     reasons = "".join(f"<br>{escape(sentence)}" for sentence in result.invalid)
     sections = [
         f'<p class="{kind}"><b>{escape(verdict(result))}</b>{reasons}</p>',
+        *([f"<p>{'<br>'.join(map(escape, told))}</p>"] if (told := headlines(result)) else []),
         _section("Points (latencies in ms)", [f'<div class="wide">{_points(points)}</div>']),
         f"<p>{'<br>'.join(map(escape, notes(points)))}</p>",
         _section("What each part used", [f'<div class="wide">{_used(points)}</div>' if points else ""]),
         _section("Over the load", over_load(points)),
-        _section("What each layer adds", stacks(points)),
+        _section("What each layer adds", [_added(points), *stacks(points)]),
         _section("Distributions", distributions(points)),
         _section("Course", courses(points)),
         _section("Settings", [f"<pre>{escape(_settings(result))}</pre>"]),
@@ -131,7 +133,7 @@ def distributions(points: Sequence[Point]) -> Iterator[str]:
 
 
 def courses(points: Sequence[Point]) -> Iterator[str]:
-    """Requests answered and the slowest of them, second by second."""
+    """Requests answered, the slowest of them, and those at the engines, second by second."""
     for load, by_layer in _by_load(points).items():
         done = [
             Line(name=layer, points=[(m.second, m.done) for m in point.timeline], colour=_colour(layer))
@@ -147,6 +149,11 @@ def courses(points: Sequence[Point]) -> Iterator[str]:
             for layer, point in by_layer.items()
             if any(m.failed for m in point.timeline)
         ]
+        held = [
+            Line(name=layer, points=point.held, colour=_colour(layer))
+            for layer, point in by_layer.items()
+            if point.held
+        ]
         late = [
             Line(
                 name=layer,
@@ -158,6 +165,7 @@ def courses(points: Sequence[Point]) -> Iterator[str]:
         kinds = "answered, dashed errors" if failed else "answered"
         yield line_chart(f"requests {kinds}, at {load}", done + failed, x="s", y="requests/s", log_x=False)
         yield line_chart(f"p99 e2el at {load}", late, x="s", y="ms", log_x=False)
+        yield line_chart(f"requests at the engines, at {load}", held, x="s", y="", log_x=False)
 
 
 def _points(points: Sequence[Point]) -> str:
@@ -190,6 +198,27 @@ def _used(points: Sequence[Point]) -> str:
     return _table(heads, rows)
 
 
+def _added(points: Sequence[Point]) -> str:
+    """A row for each part that lies between two layers, at each load."""
+    heads = [
+        "part",
+        "load",
+        "ttft p50 ms",
+        "p99",
+        "e2el p50",
+        "p99",
+        "CPU µs/request",
+        "CPU µs/chunk",
+        "errors",
+    ]
+    rows = [
+        [step.part, step.load, *(UNKNOWN if value is None else f"{value:+,.2f}" for value in step[2:8])]
+        + [f"{step.errors:+d}"]
+        for step in added(points)
+    ]
+    return f'<div class="wide">{_table(heads, rows)}</div>' if rows else ""
+
+
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def row(cells: Sequence[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
@@ -208,7 +237,7 @@ def _settings(result: Result) -> str:
 
 def _cell(value: float | None) -> str:
     if value is None:
-        return "–"
+        return UNKNOWN
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.2f}"
 
 

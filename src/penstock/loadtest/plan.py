@@ -15,11 +15,14 @@ from penstock.errors import ConfigError
 from penstock.loadtest.arrivals import Shape
 
 Asker = Literal["raw", "client"]
+Api = Literal["chat", "completions"]
 """raw: on the bare connections of penstock.wire, without retries. client: through penstock.Client."""
 
 METRICS: Final = ("ttft", "tpot", "itl", "e2el")
 """Latencies, under the names of vLLM's benchmark: time to first token, time per output token but the first,
 between two pieces of a stream, and of the whole request."""
+UNFINISHED: Final = "Unfinished"
+"""The error of a request that was cut off at the end of the drain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,14 @@ class Target:
     asker: Asker
     model: str | None = None
     api_key: str | None = None
+    api: Api = "chat"
     stream: bool = True
+    timeout: float | None = None
+    """Seconds without a byte, before the answer or in it, after which a request is given up."""
+    resume_streams: bool = False
+    """The client continues a stream that broke off; bare connections never do."""
+    max_in_flight: int | None = None
+    """Requests the client lets be in flight at each URL. None: all."""
     source_addresses: Sequence[str] = ()
 
 
@@ -171,3 +181,5 @@ class Tally:
     """Connections that broke under a request, whether it was sent again or is an error."""
     retries: int = 0
     """Requests sent again: by the wire, because a kept connection had died, or by the client."""
+    strays: int = 0
+    """Answers that nobody had asked for."""

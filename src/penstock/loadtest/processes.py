@@ -151,9 +151,9 @@ async def _serve(pipe: Connection, workload: Workload) -> None:
         except (EOFError, OSError):
             return
         work = asyncio.create_task(_work(pipe, job, workload))
-        gone = asyncio.create_task(told.wait())
+        gone = asyncio.create_task(parent_gone(pipe, told))
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():  # nothing is sent while a job is under way: the parent has gone
+        if not work.done():
             work.cancel()
             await asyncio.wait((work,))
             return
@@ -163,6 +163,13 @@ async def _serve(pipe: Connection, workload: Workload) -> None:
             pipe.send(work.exception() or work.result())
         except OSError:
             return
+
+
+async def parent_gone(pipe: Connection, told: asyncio.Event) -> None:
+    """Returns when the parent has closed the pipe: it sends nothing while a job is under way."""
+    while not pipe.poll():  # the event may have been set once more for the job itself
+        told.clear()
+        await told.wait()
 
 
 async def _work(pipe: Connection, job: Job, workload: Workload) -> Tally:

@@ -23,14 +23,15 @@ from typing import Any, Final
 from penstock.loadtest.arrivals import first_send, send_times
 from penstock.loadtest.asking import Answered, Askers
 from penstock.loadtest.histogram import Histogram
-from penstock.loadtest.plan import METRICS, Beat, Job, Second, Tally
+from penstock.loadtest.plan import METRICS, UNFINISHED, Beat, Job, Second, Tally
 from penstock.loadtest.workload import Workload
 
-UNFINISHED: Final = "Unfinished"
-"""The error of a request that was cut off at the end of the drain."""
 LAG_TICK: Final = 0.01
 """Seconds between two looks at how late the event loop is."""
 PAGE: Final[int] = os.sysconf("SC_PAGE_SIZE")
+FAILED_PAUSE: Final = 0.1
+"""Seconds from a send to the next in a closed loop where the first one failed: an engine that is down is not
+asked thousands of times a second."""
 LATE_SENDS: Final = 64
 """Requests sent in a row when they are late, before the loop may do something else."""
 
@@ -45,7 +46,7 @@ class Sending:
         self._askers = askers
         self._histograms = {name: Histogram() for name in (*METRICS, "lag", "delay")}
         self._timeline: dict[int, Second] = defaultdict(Second)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._idle = asyncio.Event()
         self._in_flight = 0
         extent, shape = job.extent, job.load.shape
@@ -143,11 +144,13 @@ class Sending:
                 return
             first = next(numbers) * group
             if size == 1:
-                await self._one(first, at, self._admit(at))
+                answered = await self._one(first, at, self._admit(at))
             else:
                 members = range(first, first + min(size, self._left))
-                await asyncio.gather(*[self._one(member, at, self._admit(at)) for member in members])
-            ready = monotonic()
+                answered = all(
+                    await asyncio.gather(*[self._one(member, at, self._admit(at)) for member in members])
+                )
+            ready = monotonic() if answered else max(monotonic(), at + FAILED_PAUSE)
 
     # -- one request --------------------------------------------------------------------------------
 
@@ -162,8 +165,8 @@ class Sending:
             self._meter = (time.process_time(), monotonic())
         return True
 
-    async def _one(self, number: int, at: float, measured: bool) -> None:
-        """Sends a request, and counts what came of it."""
+    async def _one(self, number: int, at: float, measured: bool) -> bool:
+        """Sends a request, and counts what came of it; whether that was an answer."""
         now = monotonic()
         self._in_flight += 1
         self._timeline[int(now - self.job.start)].sent += 1
@@ -175,6 +178,7 @@ class Sending:
             if answered is None:
                 answered = Answered(monotonic(), error=UNFINISHED)
             self._count(number, at, now, answered, measured)
+        return answered.error is None
 
     def _count(self, number: int, at: float, sent: float, answered: Answered, measured: bool) -> None:
         second = self._timeline[max(0, int(answered.end - self.job.start))]
@@ -233,14 +237,14 @@ class Sending:
             self.tally.wall = monotonic() - begin
             self._meter = None
 
-    def _cancelled(self) -> set[asyncio.Task[None]]:
+    def _cancelled(self) -> set[asyncio.Task[object]]:
         for task in self._tasks:
             task.cancel()
         return self._tasks
 
     def _finished(self) -> Tally:
         tally = self.tally
-        tally.opened, resent, retries = self._askers.connections()
+        tally.opened, resent, retries, tally.strays = self._askers.connections()
         broken = sum(count for name, count in tally.errors.items() if name.startswith("ConnectionLost"))
         tally.resets, tally.retries = broken + resent, resent + retries
         tally.histograms = {name: histogram.encoded() for name, histogram in self._histograms.items()}
@@ -256,8 +260,8 @@ class Sending:
             if self._measured_from <= due <= self._end:
                 histogram.add(max(0.0, monotonic() - due))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, object]) -> None:
+        task: asyncio.Task[object] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
@@ -271,7 +275,7 @@ class Sending:
             except TimeoutError:
                 pass
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not self._tasks:
             self._idle.set()

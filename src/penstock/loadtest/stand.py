@@ -12,20 +12,22 @@ import re
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
 
-from penstock.errors import ConfigError, EngineError, PenstockError
+from penstock.errors import ConfigError, ConnectFailed, EngineError, PenstockError, ResponseError
+from penstock.fleet.load import parse_load
 from penstock.loadtest.account import Record
+from penstock.scripted.chaos import Chaos
 from penstock.servers.endpoint import EndpointServer
 from penstock.servers.engines import server_of
 from penstock.servers.launched import LaunchedServer, LifeCycle
 from penstock.servers.process import Process
 from penstock.servers.server import Server
 from penstock.servers.spec import ServerSpec, flags
-from penstock.wire.openai import UNREADABLE
+from penstock.wire.openai import UNREADABLE, response_error
 
 ROUTER_LIMIT: Final = 30.0
 """Seconds in which the router has to say that it is ready."""
@@ -34,6 +36,8 @@ ROUTER_GRACE: Final = 5.0
 ROUTER_READY: Final = re.compile(rb"penstock router ready on (http://\S+)")
 SETTLE: Final = 2.0
 """Seconds that engines have to notice that nobody waits for a request any longer."""
+ACCOUNT_LIMIT: Final = 10.0
+"""Seconds in which all engines have to say what became of the requests; else there is no account."""
 SETTLE_TICK: Final = 0.1
 """Seconds between two looks at whether they have."""
 SCRIPTED: Final = "scripted"
@@ -88,6 +92,8 @@ class StandSpec:
     """One that runs already, in front of the engines."""
     router_args: Sequence[str] = ()
     """Further words for `penstock route`."""
+    chaos: str = ""
+    """What goes wrong at the engines: a spec of the scripted engine, the only one that can."""
     model: str | None = None
     """What the servers at `urls` call the model; None: they offer only one."""
     api_key: str | None = None
@@ -97,6 +103,8 @@ class StandSpec:
             raise ConfigError("a load test needs engines: base URLs, or an engine to start")
         if self.engines < 1:
             raise ConfigError(f"there must be at least one engine, not {self.engines}")
+        if self.chaos and (self.spec is None or self.spec.engine != SCRIPTED):
+            raise ConfigError("only scripted engines that are started here have chaos")
         if self.router_url is not None and self.router_args:
             raise ConfigError("a router that runs already takes no further arguments")
 
@@ -118,28 +126,39 @@ class Stand:
         """Requests finished and tokens made since its start, by each engine's metrics; None: it has none."""
         return list(await asyncio.gather(*map(_served, self.servers)))
 
+    async def held(self) -> int | None:
+        """Requests that run or wait at the engines now, by their metrics. Raises PenstockError while one does
+        not answer. None: one of them has no metrics that tell."""
+        try:
+            pages = await asyncio.gather(*(server.metrics() for server in self.servers))
+        except ResponseError:
+            return None
+        loads = [parse_load(page.encode()) for page in pages]
+        if None in loads:
+            return None
+        return round(sum(load.running + load.waiting for load in loads if load is not None))
+
     async def records(self) -> tuple[list[Record], int] | None:
         """What the engines have seen of each request, and how many they have forgotten, once nothing is in
         flight there or SETTLE seconds have passed. None: they keep no account."""
-        end = asyncio.get_running_loop().time() + SETTLE
-        while True:
-            counts = await asyncio.gather(*(_ask(server, "/scripted/counts") for server in self.servers))
-            if None in counts:
-                return None
-            read = [_decode_counts(body) for body in counts if body is not None]
-            if not any(one.in_flight for one in read) or asyncio.get_running_loop().time() >= end:
-                break
-            await asyncio.sleep(SETTLE_TICK)
-        seen = await asyncio.gather(*(_ask(server, "/scripted/requests") for server in self.servers))
-        if None in seen:
-            return None
+        loop = asyncio.get_running_loop()
+        end = loop.time() + SETTLE
         try:
-            records = [
-                record for body in seen if body is not None for record in _decode_requests(body).requests
-            ]
-        except UNREADABLE:
+            async with asyncio.timeout(ACCOUNT_LIMIT):
+                while True:
+                    counts = [_decode_counts(body) for body in await self._ask("/scripted/counts")]
+                    if not any(one.in_flight for one in counts) or loop.time() >= end:
+                        break
+                    await asyncio.sleep(SETTLE_TICK)
+                seen = [_decode_requests(body) for body in await self._ask("/scripted/requests")]
+        except (PenstockError, TimeoutError, *UNREADABLE):
             return None
-        return records, sum(one.forgotten for one in read)
+        records = [record for each in seen for record in each.requests]
+        return records, sum(one.forgotten for one in counts)
+
+    async def _ask(self, path: str) -> list[bytes]:
+        """The answers of all engines."""
+        return list(await asyncio.gather(*(_asked(server, path) for server in self.servers)))
 
 
 @asynccontextmanager
@@ -150,7 +169,7 @@ async def standing(spec: StandSpec, life: LifeCycle | None = None) -> AsyncItera
         if spec.spec is None:
             servers += [EndpointServer(url, name=spec.model, api_key=spec.api_key) for url in spec.urls]
         else:
-            servers += [launched(spec.spec, life) for _ in range(spec.engines)]
+            servers += [launched(own_spec(spec, spec.spec, number), life) for number in range(spec.engines)]
         for server in servers:
             await stack.enter_async_context(server)
         names = {server.name for server in servers}
@@ -169,6 +188,18 @@ async def standing(spec: StandSpec, life: LifeCycle | None = None) -> AsyncItera
 def launched(spec: ServerSpec, life: LifeCycle | None = None) -> LaunchedServer:
     """A server that is as the spec says, the scripted engine among the kinds there are."""
     return ScriptedServer(spec, life) if spec.engine == SCRIPTED else server_of(spec, life)
+
+
+def own_spec(stand: StandSpec, spec: ServerSpec, number: int) -> ServerSpec:
+    """The spec of one engine: they are not killed all at the same time."""
+    if not stand.chaos:
+        return spec
+    parts = stand.chaos.split(",")
+    kill = Chaos.parse(stand.chaos).kill
+    if kill is not None and kill.first is None and stand.engines > 1:
+        first = kill.every * (number + 1) / stand.engines
+        parts = [f"{part}:first={first:g}s" if part.startswith("kill:") else part for part in parts]
+    return replace(spec, extra_args={**spec.extra_args, "chaos": ",".join(parts)})
 
 
 @asynccontextmanager
@@ -216,11 +247,15 @@ async def _served(server: Server) -> tuple[int, int] | None:
     return (round(requests), round(tokens)) if found else None
 
 
-async def _ask(server: Server, path: str) -> bytes | None:
-    """The body of an answer 200; None for any other."""
-    try:
-        async with asyncio.timeout(SETTLE):
+async def _asked(server: Server, path: str) -> bytes:
+    """The body of an answer 200, waited for until something listens. Raises ResponseError for any other, and
+    TransportError."""
+    while True:
+        try:
             response = await server.make_request("GET", path)
-    except (PenstockError, TimeoutError):
-        return None
-    return response.body if response.status == 200 else None
+        except ConnectFailed:  # it may have been killed, and comes back
+            await asyncio.sleep(SETTLE_TICK)
+        else:
+            if response.status != 200:
+                raise response_error(response)
+            return response.body

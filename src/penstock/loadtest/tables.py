@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from penstock.loadtest.bench import Result
+from penstock.loadtest.findings import findings
 from penstock.loadtest.metrics import PERCENTILES, Point
 from penstock.loadtest.values import is_latency, value_of
 
@@ -22,6 +23,8 @@ COMPARED: Final = (
     "request_throughput", "output_throughput", "goodput", "p50_ttft", "p99_ttft", "p50_tpot", "p99_itl",
     "p50_e2el", "p99_e2el", "errors", "lost", "duplicated", "orphaned",
 )  # fmt: skip
+NOT_COMPARED: Final = frozenset({"out", "html", "fail_if", "layers", "concurrency", "request_rate"})
+"""Settings that change nothing about a point."""
 SAME: Final = 0.02
 """Relative difference that is not worth a sign."""
 UNKNOWN: Final = "–"
@@ -88,6 +91,8 @@ def print_result(result: Result, console: Console) -> None:
     console.print(verdict(result), markup=False, highlight=False, soft_wrap=True)
     for sentence in result.invalid:
         console.print(f"  {sentence}", markup=False, highlight=False, soft_wrap=True)
+    for line in headlines(result):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(_points(result.points))
     console.print(_latencies(result.points))
     console.print(_used(result.points))
@@ -103,15 +108,33 @@ def verdict(result: Result) -> str:
     if not result.points:
         return "nothing was measured"
     bad = len(result.invalid)
+    end = "; stopped before the last one" if result.interrupted else ""
     if bad:
-        return f"INVALID: the load generator was the bottleneck in {bad} of {len(result.points)} points"
-    return f"valid: the load generator kept up in all {len(result.points)} points"
+        return f"INVALID: the load generator was the bottleneck in {bad} of {len(result.points)} points{end}"
+    return f"valid: the load generator kept up in all {len(result.points)} points{end}"
+
+
+def headlines(result: Result) -> list[str]:
+    """What was found wrong and in which part, or what was looked for in vain."""
+    found = [str(finding) for finding in findings(result.points)]
+    accounts = [point.account for point in result.points if point.account is not None]
+    if not accounts or len(accounts) < len(result.points):
+        return found
+    total = sum(account.generated for account in accounts)
+    astray = sum(account.lost + account.duplicated + account.orphaned for account in accounts)
+    if total and not astray and not any(account.forgotten for account in accounts):
+        found.append(f"none of {total:,} generations was lost, duplicated or orphaned")
+    return found
 
 
 def print_comparison(first: Result, second: Result, console: Console) -> None:
-    """The points that both results have, and which only one has."""
+    """The points that both results have, which only one has, and the settings that are not the same."""
     for name, result in (("A", first), ("B", second)):
         console.print(f"{name}: {verdict(result)}", markup=False, highlight=False, soft_wrap=True)
+    for name in sorted({*first.settings, *second.settings} - NOT_COMPARED):
+        one, two = (result.settings.get(name, "default") for result in (first, second))
+        if one != two:
+            console.print(f"{name}: A {one}, B {two}", markup=False, highlight=False, soft_wrap=True)
     others = {(point.layer, point.load): point for point in second.points}
     for point in first.points:
         other = others.pop((point.layer, point.load), None)
@@ -132,7 +155,17 @@ def notes(points: Iterable[Point]) -> Iterator[str]:
             yield where + "errors: " + ", ".join(f"{count} {name}" for name, count in counts)
         if point.resets or point.retries:
             yield f"{where}{point.resets} resets, {point.retries} retries"
+        if not point.request_throughput and not point.errors:
+            yield where + "nothing was answered in the time that was measured: let it last longer"
+        if point.strays:
+            yield f"{where}{point.strays} answers nobody had asked for"
         seen = point.account
+        if seen is not None and seen.faults:
+            struck = ", ".join(f"{count} {name}" for name, count in sorted(seen.faults.items()))
+            yield f"{where}faults on purpose: {struck}; {seen.recovered} requests were answered all the same"
+        if seen is not None and seen.unanswered:
+            kinds = ", ".join(f"{count} {name}" for name, count in sorted(seen.unanswered.items()))
+            yield f"{where}without an answer, by what the engines say of them: {kinds}"
         if seen is not None and (seen.lost or seen.duplicated or seen.orphaned):
             named = "; ".join(f"{kind}: {', '.join(ids)}" for kind, ids in seen.examples.items())
             yield f"{where}{seen.lost} lost, {seen.duplicated} duplicated, {seen.orphaned} orphaned ({named})"

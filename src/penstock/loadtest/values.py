@@ -1,6 +1,6 @@
 """Values of a point by their names, as conditions, comparisons and tables ask for them.
 
-    errors, error_rate, sent, completed, retries, resets, connections, invalid
+    errors, error_rate, sent, completed, retries, resets, strays, connections, invalid
     lost, duplicated, orphaned                       where the engines keep account
     request_throughput, output_throughput, goodput   per second
     mean_ttft, p50_e2el, p99.9_itl, …                milliseconds, any percentile of ttft, tpot, itl, e2el
@@ -33,6 +33,7 @@ PLAIN: Final[dict[str, Value]] = {
     "completed": lambda point: point.completed,
     "retries": lambda point: point.retries,
     "resets": lambda point: point.resets,
+    "strays": lambda point: point.strays,
     "connections": lambda point: point.connections_opened,
     "invalid": lambda point: float(bool(point.invalid)),
     "lost": lambda point: None if point.account is None else point.account.lost,

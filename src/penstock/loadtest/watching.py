@@ -1,4 +1,5 @@
-"""What the parts under test use while they are measured: CPU and memory of their processes, the router's lag.
+"""What the parts under test use while they are measured: CPU and memory of their processes, the router's lag,
+the requests that are at the engines.
 
 Read from /proc, a part with all its descendants. The lag of a router is how long its simplest answer takes,
 asked ten times a second over one connection: its event loop has to come round for it.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from time import monotonic
@@ -23,6 +24,8 @@ from penstock.wire.pool import Pool
 
 TICK: Final = 0.1
 """Seconds between two questions to the router, and between two looks at the processes."""
+HELD_TICK: Final = 0.25
+"""Seconds between two questions to the engines how many requests they have."""
 TREE_LOOKS: Final = 20
 """Looks between two searches for processes that the known ones have started: a search reads all of /proc."""
 CLOCK_TICK: Final = os.sysconf("SC_CLK_TCK")
@@ -30,17 +33,27 @@ PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Watch:
-    """Looks at processes, by the part they belong to, while the block runs."""
+    """Looks at processes, by the part they belong to, while the block runs. ask_held: says how many requests
+    are at the engines; None: they do not tell."""
 
-    def __init__(self, pids: Mapping[str, Sequence[int]], router_url: str | None) -> None:
+    def __init__(
+        self,
+        pids: Mapping[str, Sequence[int]],
+        router_url: str | None,
+        ask_held: Callable[[], Awaitable[int | None]] | None = None,
+    ) -> None:
         self._pids = pids
         self._router_url = router_url
+        self._ask_held = ask_held
+        self._held: list[tuple[float, int]] = []
         self._samples: dict[str, list[tuple[float, float, int]]] = {part: [] for part in pids}
         self._lags: list[tuple[float, float]] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         self._tasks.append(asyncio.create_task(self._look()))
+        if self._ask_held is not None:
+            self._tasks.append(asyncio.create_task(self._count(self._ask_held)))
         if self._router_url is not None:
             self._tasks.append(asyncio.create_task(self._knock(self._router_url)))
         return self
@@ -66,6 +79,22 @@ class Watch:
         histogram = Histogram()
         histogram.extend(took for at, took in self._lags if begin <= at <= end)
         return histogram.percentile(99)
+
+    def held(self, begin: float, end: float, start: float) -> list[tuple[float, int]]:
+        """(seconds after `start`, requests at the engines) between two times."""
+        return [(round(at - start, 2), count) for at, count in self._held if begin <= at <= end]
+
+    async def _count(self, ask: Callable[[], Awaitable[int | None]]) -> None:
+        while True:
+            try:
+                count = await ask()
+            except PenstockError:
+                pass  # an engine that does not answer shows in the requests
+            else:
+                if count is None:
+                    return
+                self._held.append((monotonic(), count))
+            await asyncio.sleep(HELD_TICK)
 
     async def _look(self) -> None:
         trees: dict[str, list[int]] = {}

@@ -70,6 +70,11 @@ class Workload(msgspec.Struct, frozen=True):
         last = item.messages[-1]
         return [*item.messages[:-1], {**last, "content": f"{last['content']}{group} {item.tail}"}]
 
+    def prompt(self, number: int) -> str:
+        """The same as one text, for servers that are asked for completions: the contents of the messages."""
+        contents = [message["content"] for message in self.messages(number)]
+        return "\n\n".join(content for content in contents if isinstance(content, str))
+
     def params(self, number: int) -> SamplingParams:
         """The sampling parameters of a request."""
         item = self.items[number // self.group % len(self.items)]
