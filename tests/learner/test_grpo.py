@@ -23,6 +23,7 @@ from penstock.learner.grpo import (
     importance,
     kl_estimate,
     policy_loss,
+    step_advantages,
 )
 
 rewards_of_a_group = st.lists(st.none() | st.floats(-2, 2, width=16), min_size=1, max_size=6)
@@ -32,6 +33,12 @@ def advantages_of(*group: float | None, normalise_std: bool = False) -> list[flo
     rewards = torch.tensor([[math.nan if one is None else one for one in group]])
     present = torch.tensor([[one is not None for one in group]])
     return [float(one) for one in advantages(rewards, present, normalise_std=normalise_std)[0]]
+
+
+def test_steps_that_are_right_share_what_one_would_have() -> None:
+    right = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    expected = [[4 / 3, 2, 0, 0], [4 / 3, 0, 0, 0], [4 / 3, 2, 0, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(step_advantages(right), torch.tensor(expected))
 
 
 def test_an_advantage_is_the_distance_from_the_mean_of_the_group() -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ConfigError
-from penstock.learner.examples import examples_of, micro_batches
+from penstock.learner.examples import examples_of
 from penstock.learner.grpo import Objective
 from penstock.learner.learner import Learner, Optimization
+from penstock.learner.micro_batch import micro_batches
 from penstock.learner.policy import Policy
 from penstock.rollout.group import Group
 from tests.learner.groups import group, random_groups, rollout
@@ -173,13 +174,14 @@ def test_examples_keep_order_and_carry_their_groups_advantage() -> None:
     ]
     found = examples_of(groups, Objective())
     assert [one.tokens[2:].tolist() for one in found] == [[1], [2, 3], [5], [6, 7, 8]]
-    assert [one.advantage for one in found] == [0.5, -0.5, 1.0, -1.0]
+    assert [one.advantage.tolist() for one in found] == [[0.5], [-0.5] * 2, [1.0], [-1.0] * 3]
+    assert [one.group for one in found] == [0, 0, 1, 1]
     assert [one.weight for one in found] == pytest.approx([1 / 7] * 4)
 
 
 def test_examples_keep_the_logprobs_of_what_is_trained() -> None:
     masked = rollout([1, 2, 3], 1.0, logprobs=[-1.0, 0.0, -3.0], mask=[True, False, True])
-    (found,) = examples_of([group(masked)], Objective())
+    (found,) = examples_of([group(masked)], Objective(kl=0.1))
     assert found.logp_engine.tolist() == [-1, -3]
     assert found.trained.tolist() == [False, False, True, False, True]
 
@@ -187,9 +189,30 @@ def test_examples_keep_the_logprobs_of_what_is_trained() -> None:
 def test_examples_end_with_the_last_token_that_is_trained() -> None:
     cut = rollout([1, 2, 3, 4], 1.0, mask=[False, True, False, False])
     empty = rollout([1, 2], 0.0, mask=[False, False])
-    first, second = examples_of([group(cut, empty)], Objective())
+    first, second = examples_of([group(cut, empty)], Objective(kl=0.1))
     assert (first.tokens.tolist(), first.trained.tolist()) == ([5, 6, 1, 2], [False] * 3 + [True])
     assert first.logp_engine.tolist() == [-1] and second.tokens.tolist() == []
+
+
+def test_credit_is_given_to_tokens() -> None:
+    groups = [group(rollout([1, 2, 3], 1.0), rollout([1, 5], 0.0))]
+    first, second = examples_of(groups, Objective(), lambda _: [[2.0, 1.0, 0.0], [0.0, 0.0]])
+    assert first.tokens.tolist() == [5, 6, 1, 2] and first.advantage.tolist() == [2, 1]
+    assert first.trained.tolist() == [False, False, True, True]
+    assert len(second.advantage) == 0 and first.weight == pytest.approx(1 / 5)
+    with pytest.raises(ConfigError, match=r"\[3\] tokens"):
+        examples_of(groups, Objective(), lambda _: [[1.0, 1.0, 1.0]])
+
+
+def test_credit_for_single_tokens_raises_these_alone(folder: Path) -> None:
+    groups = [group(rollout([9, 8], 0.0), rollout([9, 4], 0.0))]
+    one = Learner(folder, Objective(), FAST, credit=lambda _: [[0.0, 1.0], [0.0, 0.0]])
+    ids, wanted = torch.tensor([[5, 6, 9, 8]]), torch.tensor([[False, False, True, True]])
+    before = one.policy(ids, wanted).tolist()
+    figures = one.step(groups)
+    after = one.policy(ids, wanted).tolist()
+    assert after[1] > before[1] and after[1] - before[1] > abs(after[0] - before[0])
+    assert (figures.computed, figures.tokens) == (1, 1)
 
 
 @pytest.mark.parametrize("budget", [1, 10, 25, 10**6])

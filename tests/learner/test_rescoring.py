@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from penstock.client import Client
 from penstock.control.control import Control
-from penstock.control.transport import HttpChunks
+from penstock.control.staged import HttpChunks
 from penstock.fleet.fleet import Fleet
 from penstock.learner.checkpoint import save_checkpoint
 from penstock.learner.grpo import Objective

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from penstock.learner.grpo import Objective
 from penstock.learner.learner import Learner, Optimization
-from penstock.learner.training import Tally, Training, ages_of, resume, staleness_of
+from penstock.learner.training import Tally, Training, ages_of, parts_of, resume, staleness_of
 from penstock.rollout.group import Group, VersionSpan
 from penstock.rollout.score import Score
 from penstock.rollout.selection import Verdict
@@ -115,7 +115,9 @@ def test_ages_are_of_trained_tokens_alone() -> None:
 def test_the_tally_counts_dropped_groups_and_parts() -> None:
     tally = Tally()
     parts = msgspec.structs.replace(rollout([1], 1.0), reward=Score(1.0, {"answer": 1.0}))
-    tally.learned(group(parts, rollout([1], 0.0), rollout([1], None)), Verdict("keep"))
+    whole = group(parts, rollout([1], 0.0), rollout([1], None))
+    assert parts_of([whole]) == {"trained_answer": 1.0}
+    tally.learned(whole, Verdict("keep"))
     tally.learned(group(rollout([1], 0.5)), Verdict("drop", "zero spread"))
     assert tally.take() == {"reward": 0.5, "reward_answer": 1.0, "groups": 2, "groups_dropped": 1}
     assert tally.take() == {"reward": None, "groups": 0, "groups_dropped": 0}

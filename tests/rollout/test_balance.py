@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import ConfigError
-from penstock.rollout.balance import Elastic, Measured, balance, engines_wanted, enough
+from penstock.rollout.balance import PATIENCE, Elastic, Measured, Scaler, balance, engines_wanted, enough
 from penstock.rollout.rollouts import Rollouts
 from penstock.sample import SamplingParams
 from tests.rollout.simulated import Weights, World
@@ -88,6 +88,15 @@ def test_engines_stay_within_their_bounds_and_do_not_swing(
             assert found.supply * wanted / engines > 1, "those that stay are still enough"
 
 
+def test_one_measurement_takes_no_engine_away() -> None:
+    scaler = Scaler(Elastic(engines=Scaled(), most=8))
+    idle, busy = balance(measured(engines_idle=80.0)), balance(measured(trainer_waited=50.0))
+    asked = [scaler.wanted(found) for found in (idle, busy, idle, balance(measured()), *[idle] * PATIENCE)]
+    assert asked == [4, 8, 4, 4, *[4] * (PATIENCE - 1), 3]
+    too_many = Scaler(Elastic(engines=Scaled(), most=2))
+    assert too_many.wanted(idle) == 2, "more than there may be are too many at once"
+
+
 def test_rules_that_cannot_be_are_refused() -> None:
     for changes in ({"least": 0}, {"least": 3, "most": 2}, {"every": 0.0}):
         with pytest.raises(ConfigError):
@@ -161,11 +170,14 @@ def test_in_turns_both_sides_wait() -> None:
     assert both["waited"] < 0.5 * shares["waited"]
 
 
-def test_engines_are_added_until_the_trainer_is_kept_busy_and_removed_when_they_are_too_many() -> None:
-    """Engines join and leave the fleet as the rule says."""
+def elastic(trainer: list[tuple[float, int]], *, most: int = 6) -> list[int]:
+    """The numbers of engines that follow a trainer of so many seconds a batch, for so many batches.
+
+    One engine takes about 1 s for a batch.
+    """
 
     async def scenario(loop: VirtualLoop) -> list[int]:
-        world = World(loop, engines=6, slots=SLOTS, mean=2.5, every=0.05)
+        world = World(loop, engines=most, slots=SLOTS, mean=2.5, every=0.05)
         counts = []
         client = world.client(engines=1, max_in_flight=SLOTS)
 
@@ -191,18 +203,29 @@ def test_engines_are_added_until_the_trainer_is_kept_busy_and_removed_when_they_
                 group_size=4,
                 batch_groups=16,
                 async_steps=2,
-                elastic=Elastic(engines=Engines(), most=6, every=2.5),
+                elastic=Elastic(engines=Engines(), most=most, every=2.5),
             ) as r,
         ):
-            for seconds in (0.25, 4.0):
-                for _ in range(round(16 / seconds)):
+            for seconds, batches in trainer:
+                for _ in range(batches):
                     batch = await r.batch()
                     await asyncio.sleep(seconds)
                     await r.trained(batch)
                     await r.update(Weights(r.version + 1, seconds=0.0))
         return counts
 
-    counts = run(scenario)
+    return run(scenario)
+
+
+def test_the_number_of_engines_settles() -> None:
+    """It is not changed for ever where the trainer's rate stays what it is."""
+    counts = elastic([(0.55, 50)])
+    assert counts and len(counts) <= 3, counts
+
+
+def test_engines_are_added_until_the_trainer_is_kept_busy_and_removed_when_they_are_too_many() -> None:
+    """Engines join and leave the fleet as the rule says."""
+    counts = elastic([(0.25, 64), (4.0, 8)])
     falling = counts[counts.index(max(counts)) :]
     assert max(counts) in (3, 4, 5, 6), counts
     assert len(falling) > 2 and falling == sorted(falling, reverse=True), counts

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from penstock.client import Client
 from penstock.control.dialect import PauseMode
-from penstock.control.transport import DiskReload, HttpChunks, WeightTransport
+from penstock.control.staged import HttpChunks
+from penstock.control.transport import DiskReload, WeightTransport
 from penstock.demo.arithmetic import problems
 from penstock.models import ARITHMETIC
 from penstock.prompt import Prompt

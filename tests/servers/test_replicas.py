@@ -43,6 +43,11 @@ class Members:
         self.urls.remove(url)
         self.log.append("-")
 
+    async def drain(self, url: str, timeout: float | None = None) -> bool:
+        self.log.append("drain")
+        await self.remove(url)
+        return True
+
 
 def fake(
     behave: Callable[[int], dict[str, Any]] = lambda start: {},
@@ -211,6 +216,92 @@ def test_one_that_comes_back_waits_for_the_policy_version_of_its_fleet() -> None
             fleet.versions.committed(again, 1)
             fleet.show_versions()
             assert again.admits
+
+    with nothing_left() as tag:
+        run(scenario(tag))
+
+
+def test_more_are_started_and_fewer_are_drained_first() -> None:
+    members = Members()
+
+    async def scenario(tag: str) -> None:
+        async with replicas(tag, members) as fleet:
+            await fleet.scale(3)
+            assert fleet.count == 3 and members.urls == set(fleet.urls)
+            assert members.log == ["+"] * 3
+            first, kept, last = fleet.replicas
+            os.kill(engine(fleet, 0), signal.SIGKILL)
+            await until(lambda: first.url is None)
+            await fleet.scale(2)
+            assert fleet.replicas == [kept, last], "one that does not serve goes first"
+            assert "drain" not in members.log
+            await fleet.scale(1)
+            assert (fleet.replicas, members.log[-2:]) == ([kept], ["drain", "-"])
+            assert members.urls == {kept.url}
+            assert len(processes(tag)) == 2
+            await asyncio.gather(fleet.scale(3), fleet.scale(2))
+            assert [one.index for one in fleet.replicas] == [1, 0]
+            with pytest.raises(ConfigError, match="at least 1"):
+                await fleet.scale(0)
+        with pytest.raises(ConfigError, match="inside their block"):
+            await fleet.scale(2)
+
+    with nothing_left() as tag:
+        run(scenario(tag))
+    assert members.urls == set()
+
+
+def test_one_more_that_cannot_start_is_not_one_of_them() -> None:
+    async def scenario(tag: str) -> None:
+        make = fake(lambda start: {"lines": [TORN], "exit": 1} if start else {})
+        async with replicas(tag, Members(), make=make, restart=Restart(limit=1, base=0)) as fleet:
+            with pytest.raises(StartFailed, match="weights"):
+                await fleet.scale(2)
+            assert fleet.count == len(fleet.replicas) == 1
+
+    with nothing_left() as tag:
+        run(scenario(tag))
+
+
+def test_a_block_that_ends_ends_the_scaling() -> None:
+    async def scenario(tag: str) -> None:
+        make = fake(lambda start: {"bind_after": 60} if start else {})
+        async with replicas(tag, Members(), make=make) as fleet:
+            more = asyncio.create_task(fleet.scale(2))
+            await until(lambda: len(processes(tag)) == 4)
+        with pytest.raises(ConfigError, match="block ended"):
+            await more
+
+    with nothing_left() as tag:
+        run(scenario(tag))
+
+
+def test_requests_in_flight_are_finished_before_a_server_goes() -> None:
+    """A fleet's, and no GPU is given to two."""
+    seen: list[str] = []
+
+    class Dealt(FakeServer):
+        def __init__(self, spec: ServerSpec, life: LifeCycle) -> None:
+            super().__init__(spec=spec, life=life)
+            seen.append(spec.env["CUDA_VISIBLE_DEVICES"])
+
+    async def scenario(tag: str) -> None:
+        spec = ServerSpec(model="fake", env={TAG: tag})
+        settings: Any = {"devices": range(2), "make": Dealt, "stagger": 0.0}
+        async with Fleet() as fleet, Replicas(spec, fleet, **settings) as servers:
+            with pytest.raises(ConfigError, match="there are 2"):
+                await servers.scale(3)
+            assert servers.count == len(servers.replicas) == 1
+            await servers.scale(2)
+            assert set(seen) == {"0", "1"} and servers.count == 2
+            _, leaving = fleet.endpoints
+            leaving.in_flight += 1
+            fewer = asyncio.create_task(servers.scale(1))
+            await until(lambda: len(fleet.endpoints) == 1)
+            assert servers.count == 2 and not fewer.done()
+            leaving.in_flight -= 1
+            await fewer
+            assert servers.count == 1
 
     with nothing_left() as tag:
         run(scenario(tag))

@@ -1,21 +1,20 @@
-"""From groups of rollouts to the micro-batches of a step.
+"""From groups of rollouts to the examples of a step.
 
 It guarantees:
 - a rollout whose reward failed is not trained on, and not part of its group's mean;
-- micro-batches hold every example once, and no more than the token budget unless one example alone does;
-- the same examples give the same micro-batches.
+- a token that cannot change the policy is not trained on, and what comes behind the last one that can is
+  not computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from penstock.errors import ConfigError
 from penstock.learner.grpo import Objective, advantages, completion_weights
@@ -24,42 +23,65 @@ from penstock.rollout.group import Group, Rollout
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+Credit = Callable[[Group], Sequence[Sequence[float]]]
+"""Advantages within a group: of each scored rollout, for each of its `token_ids`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A rollout with what the loss needs."""
 
+    group: int
+    """Place of its group in the step."""
     tokens: Ids
     """Prompt and completion up to the last token that is trained on, [tokens]."""
     trained: npt.NDArray[np.bool_]
     """Which of them the loss is about, [tokens]."""
     logp_engine: Floats
-    """Of the trained tokens, [trained tokens]."""
-    advantage: float
+    """Of the trained tokens, [trained tokens], as the next."""
+    advantage: Floats
     weight: float
     """Of each trained token in the loss of the step."""
 
 
-def examples_of(groups: Sequence[Group], objective: Objective) -> list[Example]:
+def examples_of(groups: Sequence[Group], objective: Objective, credit: Credit | None = None) -> list[Example]:
     """The examples of a step, group by group, those without a reward left out.
 
-    The rollouts were sampled at temperature 1: the engines' logprobs are those of the policy itself. Raises
-    ConfigError for a rollout that cannot be trained on.
+    credit: None: the reward of a rollout is the credit of all its tokens, see `grpo.advantages`. The rollouts
+    were sampled at temperature 1: the engines' logprobs are those of the policy itself. Raises ConfigError
+    for a rollout that cannot be trained on.
     """
-    kept: list[Rollout] = []
-    gains: list[float] = []
+    kept = [(place, one) for place, group in enumerate(groups) for one in group.scored]
+    for _, rollout in kept:
+        _check(rollout)
+    gains: list[Sequence[float]] = []
     for group in groups:
         if group.scored:
-            rewards = torch.tensor([group.rewards])
-            present = torch.ones_like(rewards, dtype=torch.bool)
-            found = advantages(rewards, present, normalise_std=objective.normalise_std)
-            gains += found[0].tolist()
-            kept += group.scored
-    for rollout in kept:
-        _check(rollout)
-    lengths = torch.tensor([sum(rollout.mask) for rollout in kept])
+            found = _outcome(group, objective) if credit is None else credit(group)
+            _check_credit(group, found)
+            gains += found
+    lengths = torch.tensor([sum(rollout.mask) for _, rollout in kept])
     weights = completion_weights(lengths, objective.aggregation, objective.max_tokens).tolist()
-    return [_example(*parts) for parts in zip(kept, gains, weights, strict=True)]
+    return [
+        _example(place, rollout, gain, weight, everything=objective.kl > 0)
+        for (place, rollout), gain, weight in zip(kept, gains, weights, strict=True)
+    ]
+
+
+def _outcome(group: Group, objective: Objective) -> list[Sequence[float]]:
+    rewards = torch.tensor([group.rewards])
+    present = torch.ones_like(rewards, dtype=torch.bool)
+    found = advantages(rewards, present, normalise_std=objective.normalise_std)[0].tolist()
+    return [[gain] * len(one.token_ids) for gain, one in zip(found, group.scored, strict=True)]
+
+
+def _check_credit(group: Group, found: Sequence[Sequence[float]]) -> None:
+    expected = [len(one.token_ids) for one in group.scored]
+    if [len(one) for one in found] != expected:
+        raise ConfigError(
+            f"The credit of a group has advantages for {[len(one) for one in found]} tokens, its scored "
+            f"rollouts have {expected}."
+        )
 
 
 def _check(rollout: Rollout) -> None:
@@ -78,63 +100,21 @@ def _check(rollout: Rollout) -> None:
         )
 
 
-def _example(rollout: Rollout, gain: float, weight: float) -> Example:
+def _example(
+    place: int, rollout: Rollout, gain: Sequence[float], weight: float, *, everything: bool
+) -> Example:
+    """everything: also what has no advantage can change the policy."""
+    advantage = np.array(gain, dtype=np.float32)
     mask = np.array(rollout.mask, dtype=np.bool_)
+    if not everything:
+        mask &= advantage != 0
     trained = np.concatenate((np.zeros(len(rollout.prompt_ids), dtype=np.bool_), mask))
     end = int(trained.nonzero()[0].max(initial=-1)) + 1
     return Example(
+        group=place,
         tokens=np.array((*rollout.prompt_ids, *rollout.token_ids)[:end], dtype=np.int64),
         trained=trained[:end],
         logp_engine=np.array(rollout.logprobs, dtype=np.float32)[mask],
-        advantage=gain,
+        advantage=advantage[mask],
         weight=weight,
     )
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Places of examples that are computed together, each with rows times longest of `budget` at most.
-
-    Examples of like length go together, so that little is padding.
-    """
-    batches: list[list[int]] = []
-    width = 0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[place]
-        batches[-1].append(place)
-    return batches
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Examples side by side, on the learner's device; the flat tensors go row by row."""
-
-    tokens: Tensor
-    """int64 [rows, width], padded on the right."""
-    trained: Tensor
-    """bool [rows, width]."""
-    logp_engine: Tensor
-    """float32 [trained tokens], as the two below."""
-    advantage: Tensor
-    weight: Tensor
-
-    @classmethod
-    def of(cls, examples: Sequence[Example], device: torch.device) -> MicroBatch:
-        width = max(len(one.tokens) for one in examples)
-        tokens = np.zeros((len(examples), width), dtype=np.int64)
-        trained = np.zeros((len(examples), width), dtype=np.bool_)
-        for row, one in enumerate(examples):
-            tokens[row, : len(one.tokens)] = one.tokens
-            trained[row, : len(one.trained)] = one.trained
-        counts = torch.tensor([len(one.logp_engine) for one in examples])
-        flat = {
-            "logp_engine": torch.from_numpy(np.concatenate([one.logp_engine for one in examples])),
-            "advantage": torch.tensor([one.advantage for one in examples]).repeat_interleave(counts),
-            "weight": torch.tensor([one.weight for one in examples]).repeat_interleave(counts),
-        }
-        return cls(
-            torch.from_numpy(tokens).to(device),
-            torch.from_numpy(trained).to(device),
-            **{name: tensor.to(device) for name, tensor in flat.items()},
-        )

@@ -13,6 +13,9 @@ Sources:
 - no division by the standard deviation, one constant for all lengths: Liu et al., Understanding R1-Zero-Like
   Training (Dr. GRPO), 2025, arXiv:2503.20783, section 3.2
 - asymmetric clip, token-level loss: Yu et al., DAPO, 2025, arXiv:2503.14476, sections 3.1 and 3.3
+- steps that are checked one by one: DeepSeekMath, section 4.1.3
+- the mean over those that are right: Tajwar et al., Maximum Likelihood Reinforcement Learning (MaxRL), 2026,
+  arXiv:2602.02710, theorem 2
 - truncated importance sampling between engine and trainer: Yao et al., Your Efficient RL Framework Secretly
   Brings You Off-Policy RL Training, 2025
 - clipped ratio: Schulman et al., Proximal Policy Optimization, 2017, arXiv:1707.06347, equation 7
@@ -88,6 +91,20 @@ def advantages(rewards: Tensor, present: Tensor, *, normalise_std: bool) -> Tens
         return apart
     std = (apart.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     return apart / (std + STD_FLOOR)
+
+
+def step_advantages(right: Tensor) -> Tensor:
+    """Advantages of the steps of solutions, each of which was found right or wrong: n / k for a right one.
+
+    k is how many of the n completions have the step right. A wrong one has 0, and so has what comes behind.
+    The mean over completions of A ∇ log π is then, for each step, the mean of ∇ log π over those that have it
+    right, which estimates ∇ log P(the step is right | those before it are) without bias up to the k-th
+    order. Where all right ones are the same tokens, as in sums on paper, it has no variance at all.
+
+    right: bool [n, steps]. Returns float [n, steps].
+    """
+    right = right.cumprod(1).float()
+    return right * len(right) / right.sum(0).clamp(min=1)
 
 
 def completion_weights(lengths: Tensor, aggregation: Aggregation, max_tokens: int | None = None) -> Tensor:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from penstock.errors import ConfigError
-from penstock.learner.examples import Example, MicroBatch, examples_of, micro_batches
+from penstock.learner.examples import Credit, examples_of
 from penstock.learner.grpo import Objective, Tokens, clipped_shares, importance, kl_estimate, policy_loss
+from penstock.learner.micro_batch import MicroBatch, batches_of
 from penstock.learner.policy import Policy
 from penstock.rollout.group import Group
 
@@ -98,7 +99,8 @@ class Learner:
     """Trains a policy on groups of rollouts. Raises ConfigError for a checkpoint it cannot train.
 
     model: a checkpoint folder. reference: the policy the KL term is about, by default that of `model`; it is
-    loaded only when the objective has such a term.
+    loaded only when the objective has such a term. credit: which tokens of a group were how much better;
+    None: all of a completion, by its reward.
     """
 
     def __init__(
@@ -108,11 +110,13 @@ class Learner:
         optimization: Optimization,
         *,
         reference: str | Path | None = None,
+        credit: Credit | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self.model = Path(model)
         self.objective = objective
         self.optimization = optimization
+        self.credit = credit
         self.device = torch.device(device)
         self.policy = Policy.load(self.model, self.device)
         self.reference: Policy | None = None
@@ -142,9 +146,11 @@ class Learner:
         started = time.monotonic()
         size = max(math.ceil(len(groups) / self.optimization.parts), 1)
         parts = [
-            examples_of(groups[start : start + size], self.objective) for start in range(0, len(groups), size)
+            examples_of(groups[start : start + size], self.objective, self.credit)
+            for start in range(0, len(groups), size)
         ]
-        batches = [self._micro_batches(part) for part in parts]
+        budget = self.optimization.micro_batch_tokens
+        batches = [batches_of(part, budget, self.device) for part in parts]
         rate = self.optimization.rate(self.version)
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
@@ -159,7 +165,7 @@ class Learner:
         return StepFigures(
             version=self.version,
             completions=len(rewards),
-            computed=sum(len(batch.tokens) for part in batches for batch in part),
+            computed=sum(batch.examples for part in batches for batch in part),
             tokens=sums.tokens,
             reward=sum(rewards) / max(len(rewards), 1),
             loss=sums.loss / max(len(norms), 1),
@@ -174,22 +180,20 @@ class Learner:
             seconds=time.monotonic() - started,
         )
 
-    def _micro_batches(self, examples: Sequence[Example]) -> list[MicroBatch]:
-        """Of the examples that can change the policy."""
-        examples = [one for one in examples if len(one.logp_engine) and (one.advantage or self.objective.kl)]
-        places = micro_batches([len(one.tokens) for one in examples], self.optimization.micro_batch_tokens)
-        return [MicroBatch.of([examples[place] for place in batch], self.device) for batch in places]
+    def _logprobs(self, policy: Policy, batch: MicroBatch) -> Tensor:
+        """Of the trained tokens, [trained tokens]."""
+        logp: Tensor = policy(batch.tokens, batch.wanted, batch.branches)
+        return logp[batch.places]
 
     @torch.no_grad()
     def _score(self, policy: Policy, batch: MicroBatch) -> Tensor:
-        logp: Tensor = policy(batch.tokens, batch.trained)
-        return logp
+        return self._logprobs(policy, batch)
 
     def _update(self, batches: Sequence[MicroBatch], old: Sequence[Tensor | None], sums: Sums) -> float:
         """One optimizer step; returns the gradient's norm."""
         self.optimizer.zero_grad(set_to_none=True)
         for batch, known in zip(batches, old, strict=True):
-            logp = self.policy(batch.tokens, batch.trained)
+            logp = self._logprobs(self.policy, batch)
             if self.objective.importance_cap is None:
                 known = batch.logp_engine
             tokens = Tokens(

@@ -10,6 +10,7 @@ There is no cache and no sampling: it scores tokens that are known.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,18 @@ from penstock.engine.attention import inverse_frequencies
 from penstock.engine.config import ModelConfig
 from penstock.engine.weights import checkpoint_tensors, is_redundant
 from penstock.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Rows that are trees: several sequences which begin alike, held once as far as they do."""
+
+    parents: Tensor
+    """int64 [rows, width]: which token of the row comes before; of a first token it means nothing."""
+    positions: Tensor
+    """int64 [rows, width]: how many come before it in its sequence."""
+    visible: Tensor
+    """bool [rows, width, width]: whether a token sees another. Each sees itself."""
 
 
 class Policy(nn.Module):
@@ -52,23 +65,29 @@ class Policy(nn.Module):
             raise ConfigError(f"{folder} does not fit its config.json: {error}.") from None
         return policy.to(device)
 
-    def forward(self, tokens: Tensor, wanted: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, wanted: Tensor, branches: Branches | None = None) -> Tensor:
         """Log probabilities, at temperature 1, of the tokens marked in `wanted`, each given all before it.
 
-        tokens: int64 [rows, width], padded on the right with any id. wanted: bool [rows, width]; the first
-        column has nothing before it and cannot be wanted. Returns float32 [number wanted], row by row.
+        tokens: int64 [rows, width], padded on the right with any id. wanted: bool [rows, width]; what has
+        nothing before it cannot be wanted. branches: of rows that are trees; None: each is a sequence.
+        Returns float32 [number wanted], row by row.
         """
-        self._check(tokens)
-        hidden = self.model(tokens[:, :-1])[wanted[:, 1:]]
+        if branches is None:
+            self._check(tokens.shape[1])
+            hidden = self.model(tokens[:, :-1])[wanted[:, 1:]]
+        else:
+            self._check(int(branches.positions.max()) + 1)
+            rows, _ = wanted.nonzero(as_tuple=True)
+            hidden = self.model(tokens, branches)[rows, branches.parents[wanted]]
         logits = self.lm_head(hidden) if self.lm_head else F.linear(hidden, self.model.embed_tokens.weight)
         return token_logprobs(logits.float(), tokens[wanted])
 
-    def _check(self, tokens: Tensor) -> None:
+    def _check(self, length: int) -> None:
         window = self.config.sliding_window
         longest = min(self.config.max_position_embeddings, window or self.config.max_position_embeddings)
-        if tokens.shape[1] > longest:
+        if length > longest:
             raise ConfigError(
-                f"A sequence has {tokens.shape[1]} tokens; this model can be trained on {longest} at most."
+                f"A sequence has {length} tokens; this model can be trained on {longest} at most."
             )
 
 
@@ -90,14 +109,17 @@ class Decoder(nn.Module):
         )
         self.frequencies: Tensor
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        angles = torch.outer(
-            torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32), self.frequencies
-        )
+    def forward(self, tokens: Tensor, branches: Branches | None = None) -> Tensor:
+        if branches is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            positions = branches.positions[:, None]  # one for all heads
+        angles = positions[..., None].float() * self.frequencies
         rotation = angles.cos(), angles.sin()
+        visible = None if branches is None else branches.visible[:, None]
         hidden: Tensor = self.embed_tokens(tokens)
         for layer in self.layers:
-            hidden = layer(hidden, rotation)
+            hidden = layer(hidden, rotation, visible)
         normed: Tensor = self.norm(hidden)
         return normed
 
@@ -112,14 +134,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation)
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, visible)
         added: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return added
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped key-value heads and rotary positions, and QK-norm where there is one."""
+    """Attention to what is visible, or to all before, with grouped key-value heads and rotary positions, and
+    QK-norm where there is one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -132,7 +155,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, inputs: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, inputs: Tensor, rotation: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
         query, key, value = (
             projection(inputs).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -143,7 +166,8 @@ class Attention(nn.Module):
             rotate(query.transpose(1, 2), rotation),
             rotate(key.transpose(1, 2), rotation),
             value.transpose(1, 2),
-            is_causal=True,
+            attn_mask=visible,
+            is_causal=visible is None,
             enable_gqa=query.shape[2] != key.shape[2],
         )
         output: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))

@@ -103,6 +103,7 @@ class Training:
         now = monotonic()
         return {
             **figures_of(figures),
+            **parts_of(groups),
             **staleness_of(ages),
             "seconds": now - began,
             "trainer_waited": waited,
@@ -146,6 +147,16 @@ def staleness_of(ages: Mapping[int, int]) -> dict[str, float | None]:
     return {
         "staleness": sum(age * count for age, count in ages.items()) / tokens if tokens else None,
         "staleness_max": float(max(ages)) if tokens else None,
+    }
+
+
+def parts_of(groups: Sequence[Group]) -> dict[str, float | None]:
+    """Means of the parts of the rewards of a step."""
+    scores = [one.reward for group in groups for one in group.scored]
+    names = sorted({name for score in scores for name in score.parts})
+    return {
+        f"trained_{name}": fmean(score.parts[name] for score in scores if name in score.parts)
+        for name in names
     }
 
 

@@ -26,6 +26,8 @@ UPDATES_MATTER: Final = 0.2
 """The same of the time weight updates take."""
 SPARE: Final = 1.1
 """Supply that must be left when an engine is taken away: below it the next measurement would add it again."""
+PATIENCE: Final = 2
+"""Measurements in a row that must ask for fewer engines before one is taken away."""
 
 Side = Literal["generation", "training", "both", "none"]
 
@@ -68,6 +70,8 @@ class Balance(msgspec.Struct, frozen=True, kw_only=True):
     """In a sentence."""
     seconds: float
     """Measured over."""
+    batches: int
+    """Handed to the trainer."""
     engines: int
     in_flight: int = 0
     """Turns asked of the engines."""
@@ -102,6 +106,7 @@ def balance(now: Measured) -> Balance:
         bottleneck="none",
         advice="",
         seconds=now.seconds,
+        batches=now.batches,
         engines=now.engines,
     )
     if not now.batches or not now.generated:
@@ -163,11 +168,14 @@ class Engines(Protocol):
 
     @property
     def count(self) -> int:
-        """Of those there are, starting ones included."""
+        """Of those that serve."""
         ...
 
     async def scale(self, count: int) -> None:
-        """From now on there are to be so many. Raises PenstockError."""
+        """From now on there are to be so many; returns when they serve, and the others are gone.
+
+        Raises PenstockError.
+        """
         ...
 
 
@@ -178,7 +186,8 @@ class Elastic(msgspec.Struct, frozen=True, kw_only=True):
     least: int = 1
     most: int = 8
     every: float = 60.0
-    """Seconds between two decisions, each of which looks at what was measured since the last."""
+    """Seconds between two decisions, each of which looks at what was measured since the last; more where
+    the trainer got no batch in them."""
 
     def check(self) -> None:
         """Raises ConfigError."""
@@ -196,6 +205,29 @@ def engines_wanted(found: Balance, rule: Elastic) -> int:
     elif found.bottleneck == "training" and found.supply * (found.engines - 1) >= SPARE * found.engines:
         wanted = found.engines - 1
     return min(max(wanted, rule.least), rule.most)
+
+
+class Scaler:
+    """Decides from one measurement to the next; pure.
+
+    Engines are added at once, and taken away only after PATIENCE measurements that ask for it in a row, so
+    that one slow batch does not start an engine which the next stops. None of them may reach back before the
+    last change.
+    """
+
+    def __init__(self, rule: Elastic) -> None:
+        self._rule = rule
+        self._fewer = 0
+        """Measurements in a row that asked for fewer."""
+
+    def wanted(self, found: Balance) -> int:
+        """Engines there should be from now on."""
+        wanted = engines_wanted(found, self._rule)
+        self._fewer = self._fewer + 1 if wanted < found.engines else 0
+        if self._fewer and self._fewer < PATIENCE and found.engines <= self._rule.most:
+            return found.engines
+        self._fewer = 0
+        return wanted
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):

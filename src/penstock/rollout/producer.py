@@ -17,10 +17,10 @@ from typing import Final, Literal, get_args
 
 import msgspec
 
-from penstock.errors import ConfigError, PenstockError, WriteFailed
-from penstock.rollout.group import Group, Rollout, without_tokens_before
+from penstock.errors import ConfigError
+from penstock.rollout.group import Group, without_tokens_before
 from penstock.rollout.ledger import Ledger
-from penstock.rollout.sampling import Sampler
+from penstock.rollout.sampling import Groups
 from penstock.rollout.selection import Curriculum, Selection, judge
 from penstock.rollout.source import Next, Source
 from penstock.rollout.staleness import Staleness
@@ -45,7 +45,7 @@ class Producer:
         self,
         rules: Staleness[int],
         ledger: Ledger,
-        sampler: Sampler,
+        sampler: Groups,
         source: Source,
         *,
         size: int,
@@ -155,7 +155,9 @@ class Producer:
 
     async def _make(self, one: Next, attempt: int) -> None:
         started = loop_time()
-        rollouts, failures = await self._collect(one)
+        rollouts, failures = await self._sampler.group(
+            one.prompt, one.position, self._size, self._selection.oversample
+        )
         # Nothing is awaited from here on: the group is in one state or the other.
         position, seconds = one.position, loop_time() - started
         del self._begun[position]
@@ -196,34 +198,6 @@ class Producer:
                 f"an engine says its weights are of version {group.newest}, the trainer is at version "
                 f"{self.rules.trainer_version}: it has them from another run"
             )
-
-    async def _collect(self, one: Next) -> tuple[list[Rollout], list[str]]:
-        """The samples of a group, in order, and why others could not be made. Raises ConfigError."""
-        scored: list[Rollout] = []
-        unscored: list[Rollout] = []
-        failures: list[str] = []
-        pending = {
-            asyncio.create_task(self._sampler.rollout(one.prompt, one.position, index))
-            for index in range(self._size + self._selection.oversample)
-        }
-        try:
-            while pending and len(scored) < self._size:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    try:
-                        rollout = task.result()
-                    except (ConfigError, WriteFailed):
-                        raise
-                    except PenstockError as error:
-                        failures.append(f"{type(error).__name__}: {error}")
-                    else:
-                        (scored if rollout.reward.failed is None else unscored).append(rollout)
-        finally:
-            await _cancelled(pending)
-        found = scored[: self._size]
-        if len(scored) < self._size:
-            found += unscored
-        return sorted(found, key=lambda rollout: rollout.index), failures
 
     # -- the trainer's side -----------------------------------------------------------------------
 
@@ -283,11 +257,3 @@ class Producer:
         self._ledger.owed_again(one.position, reason)
         self.rules.dropped(one.position)
         self._source.put_back(one)
-
-
-async def _cancelled(tasks: set[asyncio.Task[Rollout]]) -> None:
-    """Ends tasks, and waits until they have."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)

@@ -29,12 +29,12 @@ from penstock.control.transport import DiskReload, WeightTransport
 from penstock.control.update import WeightUpdate, check_mode
 from penstock.errors import ConfigError, DeadlineExceeded, PenstockError
 from penstock.fleet.fleet import Fleet
-from penstock.rollout.balance import Balance, Elastic, Meter, Reading, balance, engines_wanted
+from penstock.rollout.balance import Balance, Elastic, Meter, Reading, Scaler, balance
 from penstock.rollout.environment import MakeEnvironment
 from penstock.rollout.group import Group
 from penstock.rollout.ledger import Counts, Ledger, Resumed
 from penstock.rollout.producer import OVERFLOWS, TRAINER, UPDATE, Overflow, Producer
-from penstock.rollout.sampling import Bounds, Sampler
+from penstock.rollout.sampling import Bounds, Groups, Sampler
 from penstock.rollout.scoring import RewardFunction
 from penstock.rollout.selection import Curriculum, InOrder, Selection
 from penstock.rollout.source import Item, Source
@@ -101,7 +101,7 @@ class Rollouts:
         self._selection = selection
         self._waits = Waits()
         params = params or SamplingParams(max_tokens=MAX_TOKENS)
-        self._sampler = Sampler(
+        self._sampler: Groups = Sampler(
             self.client,
             params,
             reward,
@@ -433,10 +433,13 @@ class Rollouts:
     async def _scale(self) -> None:
         """Adds and removes engines until cancelled."""
         assert self._elastic is not None
+        scaler, since = Scaler(self._elastic), self._read()
         while True:
-            since = self._read()
             await asyncio.sleep(self._elastic.every)
-            wanted = engines_wanted(self._balance(since), self._elastic)
+            found = self._balance(since)
+            if not found.batches:
+                continue
+            wanted = scaler.wanted(found)
             if wanted != self._elastic.engines.count:
                 logger.info("%d engines in place of %d", wanted, self._elastic.engines.count)
                 try:
@@ -445,3 +448,4 @@ class Rollouts:
                     logger.warning("the engines stay as they are: %s", error)
                 except Exception:
                     logger.exception("the engines stay as they are")
+            since = self._read()

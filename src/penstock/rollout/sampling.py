@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import blake2b
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
 from penstock.client import Client
-from penstock.errors import ConfigError, DeadlineExceeded, PenstockError
+from penstock.errors import ConfigError, DeadlineExceeded, PenstockError, WriteFailed
 from penstock.prompt import Message, Prompt
 from penstock.rollout.environment import MakeEnvironment, Renderer, SingleTurn, Step
 from penstock.rollout.group import Rollout, Timings, VersionSpan, join_spans
@@ -58,6 +58,26 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"the bound of a {name} must be positive, not {value}")
 
 
+class Groups(Protocol):
+    """Makes the samples of groups, here (`Sampler`) or elsewhere."""
+
+    tokens: int
+    """Sampled so far, those of rollouts that failed included."""
+    in_flight: int
+    """Turns that are asked for and not over."""
+    unpaused: asyncio.Event
+    """Not set: what was cut off need not be asked for, the engines are paused."""
+    on_count: Callable[[], None]
+    """Told when `in_flight` has changed."""
+
+    async def group(
+        self, prompt: Prompt, position: int, size: int, oversample: int
+    ) -> tuple[list[Rollout], list[str]]:
+        """The first `size` samples that are scored of `oversample` more, in order; with fewer, also some
+        that are not; and why others could not be made. Raises ConfigError."""
+        ...
+
+
 class Sampler:
     """Makes rollouts. params: of each turn; max_tokens has to be set. max_turns: of a rollout with an
     environment. reward: None where the environment gives it. streamed: turns are read while they are
@@ -87,14 +107,10 @@ class Sampler:
         bounds = bounds or Bounds()
         bounds.check()
         self.tokens = 0
-        """Sampled so far, those of rollouts that failed included."""
         self.in_flight = 0
-        """Turns that are asked for and not over."""
         self.unpaused = asyncio.Event()
-        """Not set: what was cut off need not be asked for, the engines are paused."""
         self.unpaused.set()
         self.on_count: Callable[[], None] = _nobody
-        """Told when `in_flight` has changed."""
         self._client = client
         self._max_tokens = params.max_tokens
         self._params = params if params.logprobs is not None else msgspec.structs.replace(params, logprobs=0)
@@ -106,6 +122,34 @@ class Sampler:
         self._seed = seed
         self._streamed = streamed
         self._renderer = Renderer(client)
+
+    async def group(
+        self, prompt: Prompt, position: int, size: int, oversample: int
+    ) -> tuple[list[Rollout], list[str]]:
+        scored: list[Rollout] = []
+        unscored: list[Rollout] = []
+        failures: list[str] = []
+        pending = {
+            asyncio.create_task(self.rollout(prompt, position, index)) for index in range(size + oversample)
+        }
+        try:
+            while pending and len(scored) < size:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    try:
+                        rollout = task.result()
+                    except (ConfigError, WriteFailed):
+                        raise
+                    except PenstockError as error:
+                        failures.append(f"{type(error).__name__}: {error}")
+                    else:
+                        (scored if rollout.reward.failed is None else unscored).append(rollout)
+        finally:
+            await _cancelled(pending)
+        found = scored[:size]
+        if len(scored) < size:
+            found += unscored
+        return sorted(found, key=lambda rollout: rollout.index), failures
 
     async def rollout(self, prompt: Prompt, position: int, index: int) -> Rollout:
         """One rollout. A reward that failed is in it. Raises PenstockError for one that could not be made."""
@@ -301,6 +345,14 @@ def _seeded(params: SamplingParams, tokens: int) -> SamplingParams:
     if params.seed is None or not tokens:
         return params
     return msgspec.structs.replace(params, seed=params.seed + tokens)
+
+
+async def _cancelled(tasks: set[asyncio.Task[Rollout]]) -> None:
+    """Ends tasks, and waits until they have."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
 
 
 def _nobody() -> None:

@@ -7,6 +7,7 @@ It guarantees:
   left that could be, the block is cancelled and ends with the last one's error;
 - a first start that fails while the block is being entered ends the entering with that error;
 - no two servers get the same GPU;
+- `scale` changes how many there are: one more joins when it is ready, one that goes finishes its requests;
 - after the block no process of any server is left.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -38,6 +40,9 @@ from penstock.servers.spec import ServerSpec
 STAGGER: Final = 1.0
 """Seconds between the first starts of two servers, which otherwise read the same disk in the same moment."""
 
+DRAIN: Final = 60.0
+"""Seconds a server that goes may take for the requests it has; the rest is tried again elsewhere."""
+
 Devices = Sequence[int | str]
 
 
@@ -48,6 +53,10 @@ class Members(Protocol):
 
     async def remove(self, url: str) -> None:
         """Raises ConfigError when it is not there."""
+        ...
+
+    async def drain(self, url: str, timeout: float | None = None) -> bool:
+        """As `remove`, once its requests are done. Whether they were, within `timeout` seconds."""
         ...
 
 
@@ -78,6 +87,12 @@ class Replica:
         self.retry_in = 0.0
         """Seconds from its last end to its next start."""
         self.restarts = Restarts(rule)
+        self.leaving = False
+        """It is to go: it is not started again."""
+        self.task: asyncio.Task[None] | None = None
+        """Keeps it running."""
+        self.changed = asyncio.Event()
+        """Set when its state changes."""
 
     def __repr__(self) -> str:
         return f"<Replica {self.index} {self.state.value}>"
@@ -116,12 +131,7 @@ class Replicas:
         on_change: OnChange | None = None,
         make: Callable[[ServerSpec, LifeCycle], LaunchedServer] = server_of,
     ) -> None:
-        if replicas < 1:
-            raise ConfigError(f"There must be at least 1 replica, not {replicas}.")
-        if spec.nodes is not None and replicas > 1:
-            raise ConfigError("An engine on several nodes cannot have replicas: start a server for each.")
-        if spec.port and spec.port + replicas > 65536:
-            raise ConfigError(f"There are no {replicas} ports from {spec.port} on.")
+        _check_count(spec, replicas)
         self.spec = spec
         self.name = spec.name
         self._members = members
@@ -130,15 +140,14 @@ class Replicas:
         self._life = life or LifeCycle()
         self._on_change = on_change
         self._make = make
-        dealt = _dealt(spec, replicas, devices)
-        rule = restart or Restart()
-        self.replicas = [Replica(index, dealt[index], rule) for index in range(replicas)]
-        for replica in self.replicas:
-            make(self._spec_of(replica), self._life)  # refuses what cannot be
+        self._devices = _devices(spec, devices)
+        self._rule = restart or Restart()
+        self.replicas: list[Replica] = []
+        self._more(replicas)
         self._group: asyncio.TaskGroup | None = None
-        self._tasks: list[asyncio.Task[None]] = []
         self._entering = True
         self._enough = asyncio.Event()
+        self._scaling = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Replicas {self.name} {self.count} of {len(self.replicas)} ready>"
@@ -159,10 +168,8 @@ class Replicas:
         if self._group is not None:
             raise ConfigError("The replicas are already started: make others for each block.")
         self._group = await asyncio.TaskGroup().__aenter__()
-        self._tasks = [
-            self._group.create_task(self._keep(replica), name=f"penstock replica {replica.index}")
-            for replica in self.replicas
-        ]
+        for replica in self.replicas:
+            self._start(replica, replica.index * self._stagger)
         try:
             await self._enough.wait()
         except BaseException as error:
@@ -175,26 +182,95 @@ class Replicas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._group is not None
-        for task in self._tasks:
-            task.cancel()
+        for replica in self.replicas:
+            replica.leaving = True
+            if replica.task is not None:
+                replica.task.cancel()
         try:
             await self._group.__aexit__(kind, error, trace)
         except BaseExceptionGroup as group:
             if group.exceptions[0] is not error:  # else it goes on as it is
                 raise group.exceptions[0] from None
 
+    # -- more and fewer ---------------------------------------------------------------------------
+
+    async def scale(self, count: int, *, drain: float | None = DRAIN) -> None:
+        """From now on there are to be `count` servers; returns when new ones serve and the others are gone.
+
+        New ones join with the weights they start with; a fleet gives them no request before they have its
+        policy version. Those that go, the ones that do not serve first and the latest next, get no more
+        requests and have `drain` seconds for what they have (None: as long as it takes). A call waits for the
+        one before. Raises ConfigError for what cannot be, and nothing has changed; and what a new server
+        failed with for good, which is then not one of the replicas.
+        """
+        async with self._scaling:
+            if self._group is None or self._entering or any(one.leaving for one in self.replicas):
+                raise ConfigError("Replicas are made more or fewer inside their block.")
+            _check_count(self.spec, count)
+            added = self._more(count - len(self.replicas))
+            gone = sorted(self.replicas, key=lambda one: (one.url is None, one.index))[count:]
+            async with asyncio.TaskGroup() as group:
+                for replica in gone:
+                    group.create_task(self._retire(replica, drain))
+            for place, replica in enumerate(added):
+                self._start(replica, place * self._stagger)
+            for replica in added:
+                await self._settled(replica)
+
+    def _more(self, count: int) -> list[Replica]:
+        """So many more replicas, not started. Raises ConfigError, and there are none then."""
+        taken = {one.index for one in self.replicas}
+        free = (index for index in itertools.count() if index not in taken)
+        indices = list(itertools.islice(free, max(count, 0)))
+        dealt = deal(self._devices, max(indices, default=-1) + 1, self.spec.gpus) if self._devices else None
+        added = [Replica(index, dealt[index] if dealt else (), self._rule) for index in indices]
+        for replica in added:
+            self._make(self._spec_of(replica), self._life)  # refuses what cannot be
+        self.replicas += added
+        return added
+
+    def _start(self, replica: Replica, delay: float) -> None:
+        assert self._group is not None
+        name = f"penstock replica {replica.index}"
+        replica.task = self._group.create_task(self._keep(replica, delay), name=name)
+
+    async def _settled(self, replica: Replica) -> None:
+        """When it serves. Raises what it was given up for."""
+        while replica.state is not State.READY:
+            if replica.state is State.GIVEN_UP:
+                self.replicas.remove(replica)
+                assert replica.error is not None
+                raise replica.error
+            if replica.leaving:
+                raise ConfigError("The block ended while a server was started.")
+            replica.changed.clear()
+            await replica.changed.wait()
+
+    async def _retire(self, replica: Replica, drain: float | None) -> None:
+        """Ends one of the servers."""
+        replica.leaving = True
+        try:
+            if replica.url is not None:
+                with contextlib.suppress(ConfigError):  # somebody has taken it out already
+                    await self._members.drain(replica.url, drain)
+        finally:
+            assert replica.task is not None
+            replica.task.cancel()
+            self.replicas.remove(replica)
+        await asyncio.wait([replica.task])
+
     # -- one replica ------------------------------------------------------------------------------
 
-    async def _keep(self, replica: Replica) -> None:
-        """Keeps a replica running until it is cancelled or given up."""
+    async def _keep(self, replica: Replica, delay: float) -> None:
+        """Keeps a replica running until it is cancelled, to go, or given up."""
         try:
-            await asyncio.sleep(replica.index * self._stagger)
+            await asyncio.sleep(delay)
             while True:
                 try:
                     await self._live(replica)
                 except (EngineError, ConfigError) as error:
                     wait = self._wait_after(replica, error)
-                if wait is None:
+                if wait is None or replica.leaving:
                     return
                 await asyncio.sleep(wait)
         except asyncio.CancelledError:
@@ -253,6 +329,7 @@ class Replicas:
     def _enter(self, replica: Replica, state: State) -> None:
         if state is not replica.state:
             replica.state = state
+            replica.changed.set()
             self._tell(replica)
 
     def _tell(self, replica: Replica) -> None:
@@ -306,13 +383,22 @@ async def launch(
         yield launched
 
 
-def _dealt(spec: ServerSpec, replicas: int, devices: Devices | None) -> list[tuple[str, ...]]:
-    if devices is None:
-        if spec.engine == "embedded" or spec.nodes is not None:
-            devices = ()
-        else:
-            devices = visible(len(gpu_names()), {**os.environ, **spec.env})
-    return deal(devices, replicas, spec.gpus) if devices else [()] * replicas
+def _check_count(spec: ServerSpec, count: int) -> None:
+    if count < 1:
+        raise ConfigError(f"There must be at least 1 replica, not {count}.")
+    if spec.nodes is not None and count > 1:
+        raise ConfigError("An engine on several nodes cannot have replicas: start a server for each.")
+    if spec.port and spec.port + count > 65536:
+        raise ConfigError(f"There are no {count} ports from {spec.port} on.")
+
+
+def _devices(spec: ServerSpec, devices: Devices | None) -> Devices:
+    """GPUs to deal out; none where they are not."""
+    if devices is not None:
+        return devices
+    if spec.engine == "embedded" or spec.nodes is not None:
+        return ()
+    return visible(len(gpu_names()), {**os.environ, **spec.env})
 
 
 def _nothing(death: EngineDied) -> None:
