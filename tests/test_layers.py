@@ -14,6 +14,7 @@ PACKAGE = Path(penstock.__file__).parent
 
 LAYERS = [
     {"errors", "sample", "prompt", "models"},
+    {"inputs"},
     {"wire"},
     {"scripted"},
     {"continuation", "fleet"},
@@ -23,11 +24,12 @@ LAYERS = [
     {"servers", "demo"},
     {"batch", "router", "rollout"},
     {"learner", "loadtest", "viewer"},
+    {"cluster", "ray"},
     {"cli", "__main__"},
 ]
 """A part may import its own layer's parts and those before it."""
 
-EXPORTED = {"client", "errors", "fleet", "sample", "stream", "sync_client", "wire"}
+EXPORTED = {"batch", "client", "errors", "fleet", "sample", "stream", "sync_client", "wire"}
 """Parts whose names the package itself exports."""
 
 ENGINE_MAY_IMPORT = {"errors", "wire", "engine"}
