@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import gc
 import resource
+import signal
 
 import pytest
 import uvloop
 
-from penstock.wire.loop import GC_THRESHOLD, raise_open_files, run
+from penstock.wire.loop import GC_THRESHOLD, Stop, raise_open_files, run
 
 
 def test_the_collector_is_quiet_inside_and_as_before_outside() -> None:
@@ -34,6 +35,19 @@ def test_what_main_raises_comes_out() -> None:
     with pytest.raises(KeyError):
         run(main())
     assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_answered_as_before_afterwards(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+
+    async def main() -> None:
+        stop = Stop()
+        signal.raise_signal(number)
+        await asyncio.wait_for(stop.wished, 5)
+
+    run(main())
+    assert signal.getsignal(number) is before
 
 
 def test_the_limit_of_open_files_is_raised_to_the_hard_one() -> None:

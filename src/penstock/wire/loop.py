@@ -9,6 +9,7 @@ import asyncio
 import gc
 import resource
 import signal
+import threading
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar
 
@@ -26,7 +27,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
     What has been imported so far is frozen: the collector does not look at it again.
     """
-    threshold = gc.get_threshold()
+    threshold, handlers = gc.get_threshold(), _handlers()
     raise_open_files()
     gc.collect()
     gc.freeze()
@@ -36,6 +37,17 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _handlers() -> dict[int, Any]:
+    """What answers the signals that a loop may take for itself; a closed one leaves them deaf. Empty in a
+    thread, where no loop can take them."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    return {number: handler for number, handler in found.items() if handler is not None}
 
 
 class Stop:
