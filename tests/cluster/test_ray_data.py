@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+import uvloop
 
 from penstock.errors import ConfigError, RequestRejected
 from penstock.ray import RESULTS, Generate
 from tests.chat_server import ChatServer, answer_to
 from tests.cluster.ray_cluster import local_cluster
-from tests.scripted import run
 
 pa = pytest.importorskip("pyarrow")
 
@@ -23,7 +24,7 @@ def apply(batch: Any, server: ChatServer, **settings: Any) -> Any:
         finally:
             await step.close()
 
-    return run(scenario())
+    return uvloop.run(asyncio.wait_for(scenario(), 60))
 
 
 def refuse_three(message: str, asked: int) -> tuple[int, str] | None:

@@ -172,7 +172,7 @@ def test_the_command_measures_layers_saves_reports_and_fails_where_told(
         assert point.account is not None and point.account.generated == 40
         assert point.output_tokens == 320
         assert point.engines[0].requests == 40
-        assert 35 <= point.latency["e2el"].percentiles["p50"] <= 5000
+        assert 30 <= point.latency["e2el"].percentiles["p50"] <= 5000
         assert 0 < point.latency["itl"].mean <= 1000, "pieces may come together on a busy machine"
     assert "<svg" in html.read_text()
     assert main(["compare", str(out), str(out)]) == 0
