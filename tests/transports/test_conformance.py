@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -394,3 +395,25 @@ def test_files_of_a_trainer_that_runs_stay(tmp_path: Path) -> None:
         assert left_behind(tmp_path) == []
 
     run(main())
+
+
+def test_a_folder_whose_writing_is_cancelled_does_not_stay(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write(path: Path) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        path.mkdir(exist_ok=True)  # as when it was only about to begin
+        (path / WEIGHTS).touch()
+
+    async def main() -> None:
+        entering = asyncio.create_task(Scratch(tmp_path, write).enter("one"))
+        await asyncio.to_thread(begun.wait, 20)
+        entering.cancel()
+        await asyncio.sleep(0.05)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+
+    run(main())
+    assert left_behind(tmp_path) == []

@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -161,28 +162,39 @@ class Scratch:
 
 
 class Made:
-    """One folder, locked by this process, removed when this is let go of."""
+    """One folder, locked by this process, removed when this is let go of.
+
+    `fill` and `remove` run in threads, which a cancelled task leaves to themselves: whichever comes first, no
+    folder stays.
+    """
 
     def __init__(self, root: Path) -> None:
         self.path = root / f"{PREFIX}{uuid4().hex}"
         self._lock: list[int] = []
-        self.remove = weakref.finalize(self, _remove, self.path, self._lock)
+        self._turn = threading.Lock()
+        self._removed = threading.Event()
+        self.remove = weakref.finalize(self, _remove, self.path, self._lock, self._turn, self._removed)
 
     def fill(self, write: Callable[[Path], None]) -> None:
-        """Raises WriteFailed."""
-        try:
-            self.path.mkdir(parents=True)
-            self._lock.append(os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-            fcntl.flock(self._lock[0], fcntl.LOCK_EX)
-            write(self.path)
-        except OSError as error:
-            raise WriteFailed(f"The weights cannot be written to {self.path}: {error}") from error
+        """Raises WriteFailed. Nothing is written once it was removed."""
+        with self._turn:
+            if self._removed.is_set():
+                return
+            try:
+                self.path.mkdir(parents=True)
+                self._lock.append(os.open(self.path / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+                fcntl.flock(self._lock[0], fcntl.LOCK_EX)
+                write(self.path)
+            except OSError as error:
+                raise WriteFailed(f"The weights cannot be written to {self.path}: {error}") from error
 
 
-def _remove(path: Path, lock: list[int]) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    for file in lock:
-        os.close(file)
+def _remove(path: Path, lock: list[int], turn: threading.Lock, removed: threading.Event) -> None:
+    with turn:
+        removed.set()
+        shutil.rmtree(path, ignore_errors=True)
+        for file in lock:
+            os.close(file)
 
 
 def write_checkpoint(path: Path, tensors: Tensors, model: Path | None) -> None:
