@@ -163,7 +163,8 @@ class Readmission:
                 return
             except PenstockError as error:
                 if not tries:
-                    logger.warning("%s is left out until it has caught up: %s", engine.name, error)
+                    # As text: a log record that is kept would keep the error, and with it the weights.
+                    logger.warning("%s is left out until it has caught up: %s", engine.name, str(error))
             tries += 1
             await asyncio.sleep(BACKOFF.backoff(tries, self._fleet.random))
             down = endpoint.health.state is State.DOWN
