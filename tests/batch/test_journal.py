@@ -26,12 +26,7 @@ SAMPLES = 2
 HEADER = Header(parameters={"model": "m", "n": SAMPLES})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_disk() -> Iterator[None]:
-    """Whether the disk has it does not matter here, and it takes time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fdatasync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def key(row: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -50,12 +49,7 @@ TRACE = Trace(
 STEP = st.tuples(st.sampled_from("sswwwfrp"), st.integers(0, ROWS - 1), st.integers(0, SAMPLES - 1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_disk() -> Iterator[None]:
-    """Whether the disk has it does not matter here, and it takes time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fdatasync", lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def key(row: int) -> tuple[int, int]:

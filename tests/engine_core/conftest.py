@@ -22,7 +22,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint folder of each family."""
+    """A checkpoint folder of each family; Qwen2's has tied embeddings, Qwen3's several shards."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {family: checkpoints.write(family, root / family) for family in FAMILIES}
 

@@ -13,7 +13,7 @@ from penstock.engine.weights import checkpoint_tensors
 from penstock.errors import ConfigError
 from penstock.learner.policy import Policy
 from tests.engine_core.checkpoints import MAX_LEN, VOCAB, Reference
-from tests.learner.conftest import FAMILIES
+from tests.engine_core.conftest import FAMILIES
 
 CPU = torch.device("cpu")
 

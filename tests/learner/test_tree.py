@@ -18,7 +18,7 @@ from penstock.learner.micro_batch import MicroBatch, batches_of
 from penstock.learner.policy import Branches, Policy
 from penstock.learner.tree import tree_of, trees_of
 from tests.engine_core.checkpoints import MAX_LEN
-from tests.learner.conftest import FAMILIES
+from tests.engine_core.conftest import FAMILIES
 from tests.learner.groups import group, rollout
 
 CPU = torch.device("cpu")

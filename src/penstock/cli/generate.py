@@ -20,11 +20,10 @@ from penstock.batch.generate import Format, GenerateReport, Watching, run_job
 from penstock.batch.job import Job, JobSettings
 from penstock.batch.progress import Progress
 from penstock.batch.report import how_to_go_on, print_report
-from penstock.cli import sharded
 from penstock.cli.endpoints import EndpointArgs
 from penstock.cli.inputs import InputArgs
 from penstock.cli.prompting import PromptArgs, SampleArgs
-from penstock.cli.sharded import RayArgs
+from penstock.cli.ray import RayArgs
 from penstock.cluster.shards import Shards
 from penstock.errors import ConfigError
 from penstock.inputs.selection import parse_shard
@@ -75,7 +74,6 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(GenerateArgs, prog="penstock generate", args=argv)
     try:
         if args.ray.ray:
-            sharded.check(args)
             return run(_on_ray(args))
         return run(_generate(args, *_opened(args)))
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -106,6 +104,9 @@ def _opened(args: GenerateArgs) -> tuple[Source, JobSettings, Survey | None]:
 
 
 async def _on_ray(args: GenerateArgs) -> int:
+    from penstock.cli import sharded
+
+    sharded.check(args)
     with terminated_as_interrupted():
         return await sharded.generate(args, Console(stderr=True))
 
