@@ -268,7 +268,7 @@ def _draw(args: TrainArgs) -> None:
         **_gains(args, metrics),
         "steps": f"{metrics[-1]['step']} of {args.steps}, in {minutes:.1f} minutes",
         "a step": f"{args.groups} problems, {args.group_size} samples of each",
-        "engines": f"{args.engines}, with tokens at most {args.async_steps} updates old",
+        "engines, async_steps": f"{args.engines}, {args.async_steps}",
         "learning rate, seed": f"{args.learning_rate:g}, {args.seed}",
     }
     (args.out / "training.svg").write_text(svg(PANELS, metrics), encoding="utf-8")
