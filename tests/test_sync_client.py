@@ -162,11 +162,11 @@ def test_ctrl_c_cancels_the_request(streamed: bool) -> None:
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             if streamed:
-                with client.stream(HELLO) as answer:
+                with client.stream(HELLO, timeout=20) as answer:
                     for _ in answer:
                         pass
             else:
-                client.chat(HELLO)
+                client.chat(HELLO, timeout=20)
         assert until(lambda: engine._in_flight == 0) < 1
         assert client.statistics().in_flight == {engine.url: 0}
         thread.join(5)
