@@ -20,11 +20,11 @@ test-slow: .venv/.dev
 
 # The property tests with examples of its own at every run, ten times as many.
 fuzz: .venv/.dev
-	PENSTOCK_HYPOTHESIS=fuzz $(BIN)/python -m pytest -n 2 -m "not slow and not engines and not soak" \
+	PENSTOCK_HYPOTHESIS=fuzz $(BIN)/python -m pytest -n 2 -o faulthandler_timeout=3600 -m "not slow and not engines and not soak" \
 		$$(grep -rl --include='test_*.py' hypothesis tests)
 
 soak: .venv/.dev
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -o faulthandler_timeout=0
 
 # Real engines: PENSTOCK_VLLM_PYTHON and PENSTOCK_SGLANG_PYTHON name the interpreters that have them;
 # scripts/install_engines.sh FOLDER makes some. See docs/servers.md.

@@ -174,6 +174,7 @@ class KillsOne(DiskReload):
         await super().commit(engine, version)
 
 
+@pytest.mark.slow
 def test_an_engine_killed_in_an_update_and_restarted_with_old_weights_catches_up(tmp_path: Path) -> None:
     folder = perturbed(tmp_path / "second", 2)
     with processes(ARITHMETIC, ARITHMETIC, folder) as (one, two, fresh):

@@ -245,6 +245,7 @@ def timed(engines: int, requests: int) -> tuple[float, int, float]:
     return time.process_time() - started, in_flight, ended
 
 
+@pytest.mark.slow
 def test_twice_the_requests_take_twice_the_time() -> None:
     half, few, _ = timed(50, 1000)
     whole, many_, _ = timed(50, 2000)

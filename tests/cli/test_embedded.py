@@ -111,6 +111,7 @@ def test_an_engine_that_dies_is_restarted_and_the_job_goes_on(tmp_path: Path) ->
     assert engines_of(process.pid) == []
 
 
+@pytest.mark.slow
 def test_an_engine_that_may_not_be_restarted_stops_the_job_at_once_and_loses_nothing(tmp_path: Path) -> None:
     source, out = write_problems(tmp_path / "in.jsonl", 300), tmp_path / "out.jsonl"
     words = command(source, out, "--max-concurrent", "16", "--max-tokens", "64", "--max-restarts", "0")

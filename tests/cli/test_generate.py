@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -280,7 +281,7 @@ def test_a_job_that_goes_wrong_is_stopped(source: Path, tmp_path: Path) -> None:
         assert done.returncode == 1
         assert server.asked.total() < 15
     assert "6 of 6 samples failed in this run, and no more than 5 may" in done.stderr
-    assert "6 RequestRejected" in done.stderr
+    assert re.search("[67] RequestRejected", done.stderr), "one may be on its way when the sixth has failed"
 
 
 def test_a_missing_key_is_known_before_a_million_failures(source: Path, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def assert_stopped(process: subprocess.Popen[str], number: signal.Signals) -> No
     assert not any(Path(f"/proc/{engine}").exists() for engine in engines)
 
 
+@pytest.mark.slow
 def test_the_router_in_front_survives_the_death_of_each_engine(tmp_path: Path) -> None:
     with serve(tmp_path, "--replicas", "2", "--route", "--api-key", "sesame") as (process, said):
         url = url_of(process)

@@ -73,7 +73,7 @@ def test_a_healthy_stack_has_no_fault() -> None:
     [
         ("loses", "generations lost"),
         ("repeats", "generations done more than once"),
-        ("doubles", "answers nobody had asked for"),
+        pytest.param("doubles", "answers nobody had asked for", marks=pytest.mark.slow),
     ],
 )
 def test_a_router_that_loses_or_doubles_is_named(fault: str, words: str) -> None:

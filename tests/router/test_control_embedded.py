@@ -104,6 +104,7 @@ async def bodies_may_be_chunked(server: RouterServer, peer: Peer) -> None:
     assert all(end.current for end in endpoints(server))
 
 
+@pytest.mark.slow
 def test_weights_of_two_engines_through_the_router(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readmission, "BACKOFF", Retry(base=0.1, cap=0.2))
     second, third = perturbed(tmp_path / "second", 2), perturbed(tmp_path / "third", 3)
