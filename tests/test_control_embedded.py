@@ -114,6 +114,7 @@ def test_bytes_and_checksum_are_those_of_the_engine(tmp_path: Path) -> None:
         HttpChunks({})
 
 
+@pytest.mark.slow
 def test_engines_get_new_weights_from_disk_and_over_http_and_survive_what_is_wrong(tmp_path: Path) -> None:
     """Two engines from the shipped model, and one started with each set of other weights to compare with."""
     second, third = perturbed(tmp_path / "second", 2), perturbed(tmp_path / "third", 3)

@@ -206,6 +206,7 @@ def test_what_was_measured_survives_a_signal(number: signal.Signals, tmp_path: P
     assert "<svg" in html.read_text()
 
 
+@pytest.mark.slow
 def test_chaos_is_recovered_from_by_the_client_and_attributed(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     words = ["--layers", "engine,client-engine", "--concurrency", "10", "--num-prompts", "80"]

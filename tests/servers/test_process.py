@@ -100,6 +100,7 @@ def test_a_start_that_is_cancelled_leaves_nothing() -> None:
         run(scenario(tag))
 
 
+@pytest.mark.slow
 def test_fifty_starts_and_kills_leave_nothing() -> None:
     async def scenario(tag: str) -> None:
         generator = random.Random(1)

@@ -175,7 +175,7 @@ def ways(*fast: str, which: Callable[[str], object] = lambda name: True) -> pyte
     return pytest.mark.parametrize("way", values)
 
 
-@ways("http", "shared memory", "disk", "disk, changes", "reload", "broadcast, vLLM")
+@ways("http", "shared memory", "disk, changes", "reload")
 def test_weights_arrive_bit_by_bit_and_each_phase_is_timed(site: Open) -> None:
     async def main() -> None:
         async with site() as here:

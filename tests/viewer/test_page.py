@@ -190,6 +190,7 @@ def test_a_growing_file_is_followed(out: Path) -> None:
     scenario(out, body)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_scroll_on_a_phone(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     line = b'{"id":"r%d","prompt":"Question %d","generations":["x"]}\n'
