@@ -10,7 +10,7 @@ from rich.console import Console
 from penstock.cli.launching import Display, LaunchArgs, engine_flags
 from penstock.errors import ConfigError, EngineError
 from penstock.models import ARITHMETIC
-from penstock.servers.replicas import Replica, State
+from penstock.servers.keeper import Replica, State
 from penstock.servers.restart import Restart
 from penstock.servers.spec import ServerSpec
 

@@ -14,8 +14,9 @@ import pytest
 from penstock.errors import ConfigError
 from penstock.fleet.fleet import Fleet
 from penstock.servers.diagnosis import EngineDied, StartFailed
+from penstock.servers.keeper import State
 from penstock.servers.launched import LaunchedServer, LifeCycle
-from penstock.servers.replicas import Replicas, State
+from penstock.servers.replicas import Replicas
 from penstock.servers.restart import Restart
 from penstock.servers.spec import ServerSpec
 from tests.scripted import run, until

@@ -13,8 +13,9 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from penstock.errors import ConfigError
 from penstock.models import ARITHMETIC
 from penstock.servers.engines import ENGINES
+from penstock.servers.keeper import Replica, State
 from penstock.servers.nodes import Nodes
-from penstock.servers.replicas import Devices, Replica, State
+from penstock.servers.replicas import Devices
 from penstock.servers.restart import Restart
 from penstock.servers.spec import ServerSpec, Value
 

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from penstock.cluster import follow
 from penstock.cluster.life import Ending, Life
@@ -34,8 +34,8 @@ from penstock.cluster.session import require
 from penstock.errors import ConfigError, EngineError
 from penstock.fleet.fleet import Fleet
 from penstock.servers.diagnosis import StartFailed
+from penstock.servers.keeper import Keeper, OnChange, Replica, State
 from penstock.servers.patterns import Kind
-from penstock.servers.replicas import OnChange, Replica, State
 from penstock.servers.restart import Restart
 from penstock.servers.spec import ServerSpec
 
@@ -48,7 +48,7 @@ DRAIN: Final = 60.0
 """Seconds that what is in flight on an engine may take before it is ended."""
 
 
-class Engines:
+class Engines(Keeper):
     """`replicas` engines as `spec` says, registered under `name`. This process has to be connected to Ray.
 
     cpus: that each takes beside its GPUs. ready: engines to wait for on entering; None: all. drain: seconds
@@ -76,6 +76,8 @@ class Engines:
             raise ConfigError(f"An engine takes 0 CPUs or more, not {cpus}.")
         if spec.nodes is not None or spec.port:
             raise ConfigError("On Ray nodes and ports are found by themselves: give neither.")
+        needed = replicas if ready is None else min(ready, replicas)
+        super().__init__(needed=needed, restart=restart, on_change=on_change)
         gpus = 0 if spec.engine == "embedded" else spec.gpus
         self.need = Need(gpus, cpus, splits=spec.engine == "vllm" and gpus > 1)
         self.spec = replace(spec, env={**_interpreters(), **spec.env})
@@ -83,37 +85,21 @@ class Engines:
         self.drain = drain
         self.stop_grace = stop_grace
         self.log_folder = log_folder
-        self._needed = replicas if ready is None else min(ready, replicas)
         self._wanted = replicas
-        self._rule = restart or Restart()
-        self._on_change = on_change
-        self._replicas: dict[int, Replica] = {}
         self._lives: dict[int, Life] = {}
-        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._doubted: dict[str, float] = {}
         """Until when a node is avoided."""
         self._placing = asyncio.Lock()
-        self._group: asyncio.TaskGroup | None = None
         self._registry: Any = None
-        self._entering = True
-        self._enough = asyncio.Event()
         self._next = 0
+        self._more(replicas)
 
     def __repr__(self) -> str:
         return f"<Engines {self.name} {self.count} of {self._wanted} ready>"
 
     @property
-    def count(self) -> int:
-        """Of those that are ready."""
-        return len(self.urls)
-
-    @property
     def urls(self) -> list[str]:
         return [life.url for life in self._lives.values() if life.url is not None]
-
-    @property
-    def replicas(self) -> list[Replica]:
-        return list(self._replicas.values())
 
     @property
     def places(self) -> dict[str, str]:
@@ -122,36 +108,18 @@ class Engines:
 
     # -- the block --------------------------------------------------------------------------------
 
-    async def __aenter__(self) -> Self:
-        if self._group is not None:
-            raise ConfigError("The engines are already started: make others for each block.")
+    async def _prepare(self) -> None:
         require()
         check_room(self.need, await ask_nodes(), self._wanted)
         self._registry = start_registry(self.name)
-        self._group = await asyncio.TaskGroup().__aenter__()
-        for _ in range(self._wanted):
-            self._add()
-        try:
-            await self._enough.wait()
-        except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
-            raise
-        self._entering = False
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         import ray
 
-        assert self._group is not None
-        for task in self._tasks.values():
-            task.cancel()
         try:
-            await self._group.__aexit__(kind, error, trace)
-        except BaseExceptionGroup as group:
-            if group.exceptions[0] is not error:  # else it goes on as it is
-                raise group.exceptions[0] from None
+            await super().__aexit__(kind, error, trace)
         finally:
             ray.kill(self._registry)
 
@@ -160,17 +128,17 @@ class Engines:
         none in flight, which is waited for; new ones start in the background. Raises ConfigError."""
         if replicas < 1:
             raise ConfigError(f"There must be at least 1 replica, not {replicas}.")
-        if replicas > len(self._replicas):
+        if replicas > len(self.replicas):
             check_room(self.need, await ask_nodes(), replicas)
         self._wanted = replicas
-        while len(self._replicas) < replicas:
-            self._add()
+        for replica in self._more(replicas - len(self.replicas)):
+            self._start(replica)
         # Those that do not serve go first, then the youngest.
-        order = sorted(self._replicas, key=lambda index: (self._replicas[index].state is State.READY, -index))
-        surplus = order[: len(self._replicas) - replicas]
-        for index in surplus:
-            del self._replicas[index]
-        await asyncio.gather(*(self._end(index, self._tasks.pop(index)) for index in surplus))
+        order = sorted(self.replicas, key=lambda one: (one.state is State.READY, -one.index))
+        surplus = order[: len(self.replicas) - replicas]
+        for replica in surplus:
+            self.replicas.remove(replica)
+        await asyncio.gather(*(self._end(replica) for replica in surplus))
 
     @asynccontextmanager
     async def fleet(self, **options: Any) -> AsyncIterator[Fleet]:
@@ -180,31 +148,33 @@ class Engines:
 
     # -- one replica ------------------------------------------------------------------------------
 
-    def _add(self) -> None:
-        assert self._group is not None
-        replica = Replica(self._next, (), self._rule)
-        self._next += 1
-        self._replicas[replica.index] = replica
-        task = self._group.create_task(self._keep(replica), name=f"penstock engine {replica.index}")
-        self._tasks[replica.index] = task
+    def _more(self, count: int) -> list[Replica]:
+        """So many more replicas, not started."""
+        added = [Replica(self._next + one, (), self._rule) for one in range(count)]
+        self._next += len(added)
+        self.replicas += added
+        return added
 
-    async def _end(self, index: int, task: asyncio.Task[None]) -> None:
+    async def _end(self, replica: Replica) -> None:
         """A replica is not wanted any longer."""
-        life = self._lives.get(index)
+        assert replica.task is not None
+        life = self._lives.get(replica.index)
         if life is not None and life.url is not None:
             await life.stop(self.drain)
-        task.cancel()
-        await asyncio.wait([task])
+        replica.task.cancel()
+        await asyncio.wait([replica.task])
 
-    async def _keep(self, replica: Replica) -> None:
-        """Keeps a replica running until it is cancelled or given up."""
+    async def _keep(self, replica: Replica, delay: float) -> None:
         try:
+            await asyncio.sleep(delay)
             while True:
                 ending = await self._live(replica)
                 if ending.told:
                     self._enter(replica, State.STOPPED)
                     return
-                wait = self._wait_after(replica, ending)
+                error = EngineError(ending.text) if replica.state is State.READY else StartFailed(ending.text)
+                cause = None if ending.cause is None else Kind(ending.cause)
+                wait = self._failed(replica, error, cause, lost=ending.lost)
                 if wait is None:
                     return
                 await asyncio.sleep(wait)
@@ -223,7 +193,7 @@ class Engines:
                 return await life.run(
                     self._registry,
                     on_stage=lambda stage: self._hear(replica, stage),
-                    on_ready=lambda: self._ready(replica),
+                    on_ready=lambda: self._serves(replica),
                 )
             finally:
                 del self._lives[replica.index]
@@ -258,41 +228,6 @@ class Engines:
     def _avoided(self) -> set[str]:
         now = time.monotonic()
         return {node for node, until in self._doubted.items() if until > now}
-
-    def _wait_after(self, replica: Replica, ending: Ending) -> float | None:
-        """Seconds until the next start; None: given up. Raises the error when that is the end of all."""
-        error = EngineError(ending.text) if replica.state is State.READY else StartFailed(ending.text)
-        first = replica.restarts.total == 0 and replica.state is State.STARTING
-        replica.error = error
-        if self._entering and first and not ending.lost:
-            raise error
-        kind = None if ending.cause is None else Kind(ending.cause)
-        wait = replica.restarts.failed(time.monotonic(), kind)
-        replica.retry_in = 0.0 if wait is None else wait
-        self._enter(replica, State.GIVEN_UP if wait is None else State.DIED)
-        if wait is None and all(one.state is State.GIVEN_UP for one in self._replicas.values()):
-            raise error
-        return wait
-
-    def _ready(self, replica: Replica) -> None:
-        replica.restarts.ready(time.monotonic())
-        self._enter(replica, State.READY)
-        if self.count >= self._needed:
-            self._enough.set()
-
-    def _hear(self, replica: Replica, stage: str) -> None:
-        replica.stage = stage
-        if stage != "ready":  # it is the state's to say so, once the registry has it
-            self._tell(replica)
-
-    def _enter(self, replica: Replica, state: State) -> None:
-        if state is not replica.state:
-            replica.state = state
-            self._tell(replica)
-
-    def _tell(self, replica: Replica) -> None:
-        if self._on_change is not None:
-            self._on_change(replica)
 
 
 def _interpreters() -> dict[str, str]:

@@ -17,24 +17,21 @@ import asyncio
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from enum import StrEnum
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Protocol
 
 from penstock.client import Client
-from penstock.errors import ConfigError, EngineError, PenstockError
+from penstock.errors import ConfigError, EngineError
 from penstock.fleet.fleet import Fleet
 from penstock.servers.devices import VISIBLE, deal, visible
 from penstock.servers.diagnosis import DiagnosedError, EngineDied
 from penstock.servers.engines import server_of
+from penstock.servers.keeper import Keeper, OnChange, Replica, State
 from penstock.servers.launched import LaunchedServer, LifeCycle
 from penstock.servers.machine import gpu_names
-from penstock.servers.patterns import Stage
-from penstock.servers.restart import Restart, Restarts
+from penstock.servers.restart import Restart
 from penstock.servers.spec import ServerSpec
 
 STAGGER: Final = 1.0
@@ -60,55 +57,7 @@ class Members(Protocol):
         ...
 
 
-class State(StrEnum):
-    """Where a replica is in its life."""
-
-    WAITING = "waiting for its turn"
-    STARTING = "starting"
-    READY = "ready"
-    DIED = "waiting to be restarted"
-    GIVEN_UP = "given up"
-    STOPPED = "stopped"
-
-
-class Replica:
-    """One of the servers, whichever process it is at the moment."""
-
-    def __init__(self, index: int, devices: tuple[str, ...], rule: Restart) -> None:
-        self.index = index
-        self.devices = devices
-        """GPUs it has to itself; none: not dealt out."""
-        self.state = State.WAITING
-        self.stage = ""
-        """Of its start: what the server is doing."""
-        self.server: LaunchedServer | None = None
-        self.error: PenstockError | None = None
-        """What it last ended with."""
-        self.retry_in = 0.0
-        """Seconds from its last end to its next start."""
-        self.restarts = Restarts(rule)
-        self.leaving = False
-        """It is to go: it is not started again."""
-        self.task: asyncio.Task[None] | None = None
-        """Keeps it running."""
-        self.changed = asyncio.Event()
-        """Set when its state changes."""
-
-    def __repr__(self) -> str:
-        return f"<Replica {self.index} {self.state.value}>"
-
-    @property
-    def url(self) -> str | None:
-        """Where it serves; None while it does not."""
-        server = self.server if self.state is State.READY else None
-        return None if server is None or server.ended.is_set() else server.base_url
-
-
-OnChange = Callable[[Replica], None]
-"""Told when a replica's state or stage has changed."""
-
-
-class Replicas:
+class Replicas(Keeper):
     """`replicas` servers as `spec` says, each a member of `members` while it is healthy.
 
     devices: GPUs to deal out, by index or UUID; None: all this process may use, for engines other than the
@@ -132,65 +81,23 @@ class Replicas:
         make: Callable[[ServerSpec, LifeCycle], LaunchedServer] = server_of,
     ) -> None:
         _check_count(spec, replicas)
+        needed = replicas if ready is None else min(ready, replicas)
+        super().__init__(needed=needed, restart=restart, stagger=stagger, on_change=on_change)
         self.spec = spec
         self.name = spec.name
         self._members = members
-        self._needed = replicas if ready is None else min(ready, replicas)
-        self._stagger = stagger
         self._life = life or LifeCycle()
-        self._on_change = on_change
         self._make = make
         self._devices = _devices(spec, devices)
-        self._rule = restart or Restart()
-        self.replicas: list[Replica] = []
         self._more(replicas)
-        self._group: asyncio.TaskGroup | None = None
-        self._entering = True
-        self._enough = asyncio.Event()
         self._scaling = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Replicas {self.name} {self.count} of {len(self.replicas)} ready>"
 
     @property
-    def count(self) -> int:
-        """Of those that are ready."""
-        return len(self.urls)
-
-    @property
     def urls(self) -> list[str]:
-        """Of those that are ready."""
         return [replica.url for replica in self.replicas if replica.url is not None]
-
-    # -- the block --------------------------------------------------------------------------------
-
-    async def __aenter__(self) -> Self:
-        if self._group is not None:
-            raise ConfigError("The replicas are already started: make others for each block.")
-        self._group = await asyncio.TaskGroup().__aenter__()
-        for replica in self.replicas:
-            self._start(replica, replica.index * self._stagger)
-        try:
-            await self._enough.wait()
-        except BaseException as error:
-            await self.__aexit__(type(error), error, error.__traceback__)
-            raise
-        self._entering = False
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._group is not None
-        for replica in self.replicas:
-            replica.leaving = True
-            if replica.task is not None:
-                replica.task.cancel()
-        try:
-            await self._group.__aexit__(kind, error, trace)
-        except BaseExceptionGroup as group:
-            if group.exceptions[0] is not error:  # else it goes on as it is
-                raise group.exceptions[0] from None
 
     # -- more and fewer ---------------------------------------------------------------------------
 
@@ -228,11 +135,6 @@ class Replicas:
             self._make(self._spec_of(replica), self._life)  # refuses what cannot be
         self.replicas += added
         return added
-
-    def _start(self, replica: Replica, delay: float) -> None:
-        assert self._group is not None
-        name = f"penstock replica {replica.index}"
-        replica.task = self._group.create_task(self._keep(replica, delay), name=name)
 
     async def _settled(self, replica: Replica) -> None:
         """When it serves. Raises what it was given up for."""
@@ -288,12 +190,9 @@ class Replicas:
         replica.server, replica.stage = server, ""
         self._enter(replica, State.STARTING)
         async with server:
-            replica.restarts.ready(time.monotonic())
             url = server.base_url
             self._members.add(url)
-            self._enter(replica, State.READY)
-            if self.count >= self._needed:
-                self._enough.set()
+            self._serves(replica)
             try:
                 await server.ended.wait()
             finally:
@@ -303,38 +202,13 @@ class Replicas:
         raise server.died.result()
 
     def _wait_after(self, replica: Replica, error: EngineError | ConfigError) -> float | None:
-        """Seconds until the next start; None: given up. Raises the error when that is the end of all."""
-        first = replica.restarts.total == 0 and replica.state is State.STARTING
-        replica.error = error
-        if self._entering and first:
-            raise error
         diagnosis = error.diagnosis if isinstance(error, DiagnosedError) else None
-        wait = replica.restarts.failed(time.monotonic(), None if diagnosis is None else diagnosis.kind)
-        replica.retry_in = 0.0 if wait is None else wait
-        self._enter(replica, State.GIVEN_UP if wait is None else State.DIED)
-        if wait is None and all(other.state is State.GIVEN_UP for other in self.replicas):
-            raise error
-        return wait
+        return self._failed(replica, error, None if diagnosis is None else diagnosis.kind)
 
     def _spec_of(self, replica: Replica) -> ServerSpec:
         spec = self.spec
         env = {**spec.env, VISIBLE: ",".join(replica.devices)} if replica.devices else spec.env
         return replace(spec, env=env, port=spec.port + replica.index if spec.port else 0)
-
-    def _hear(self, replica: Replica, stage: str) -> None:
-        replica.stage = stage
-        if stage != Stage.READY.value:  # it is the state's to say so, once the fleet has it
-            self._tell(replica)
-
-    def _enter(self, replica: Replica, state: State) -> None:
-        if state is not replica.state:
-            replica.state = state
-            replica.changed.set()
-            self._tell(replica)
-
-    def _tell(self, replica: Replica) -> None:
-        if self._on_change is not None:
-            self._on_change(replica)
 
 
 class LaunchedFleet(Replicas):
