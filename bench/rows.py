@@ -1,6 +1,7 @@
 """CPU per row of `penstock generate` beside its peers, in one run, against a server that answers at once.
 
     python bench/rows.py [--rows 20000] [--concurrency 256] [--rounds 3]
+    python bench/rows.py --rows 1000000 --rounds 1 --no-peers         # memory, beside that of --rows 10000
 
 CPU is user + system time of the whole process, start-up included, over its rows: less noisy than seconds.
 Every round runs every subject once, in turn; the table shows the median round.
@@ -9,11 +10,11 @@ Every round runs every subject once, in turn; the table shows the median round.
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ class Args:
     rows: int = 20_000
     concurrency: int = 256
     rounds: int = 3
+    peers: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Run:
     """Microseconds of CPU a row."""
     rate: float
     """Rows a second."""
+    memory: float
+    """Peak, in MB; at least that of this program."""
 
 
 def subjects(source: Path, out: Path, port: int, args: Args) -> dict[str, list[str]]:
@@ -62,6 +66,8 @@ def subjects(source: Path, out: Path, port: int, args: Args) -> dict[str, list[s
         "--top-p",
         "0.95",
     ]
+    if not args.peers:
+        return {"penstock generate": ours}
     return {
         "penstock generate": ours,
         "bare aiohttp, nothing written": [*peer, "aiohttp", *rest],
@@ -70,13 +76,20 @@ def subjects(source: Path, out: Path, port: int, args: Args) -> dict[str, list[s
 
 
 def measure(command: list[str], rows: int) -> Run:
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    if done.returncode:
-        sys.exit(f"{command} failed:\n{done.stderr}")
-    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - started
-    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    return Run(cpu=cpu / rows * 1e6, rate=rows / seconds)
+    started = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+        late = threading.Timer(600, process.kill)
+        late.start()
+        _, status, used = os.wait4(process.pid, 0)
+        late.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            sys.exit(f"{command} failed:\n{said.read()}")
+    seconds = time.perf_counter() - started
+    cpu = used.ru_utime + used.ru_stime
+    return Run(cpu=cpu / rows * 1e6, rate=rows / seconds, memory=used.ru_maxrss / 1024)
 
 
 def main() -> None:
@@ -110,12 +123,13 @@ def check(out: Path, rows: int, name: str) -> None:
 def show(runs: dict[str, list[Run]], args: Args) -> None:
     ours = statistics.median(run.cpu for run in runs["penstock generate"])
     table = Table(title=f"{args.rows:,} rows, {args.concurrency} in flight, {os.cpu_count()} cores")
-    for heading in ("", "CPU µs / row", "× ours", "rows/s"):
+    for heading in ("", "CPU µs / row", "× ours", "rows/s", "peak MB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, found in runs.items():
         cpu = statistics.median(run.cpu for run in found)
         rate = statistics.median(run.rate for run in found)
-        table.add_row(name, f"{cpu:,.0f}", f"{cpu / ours:.1f}", f"{rate:,.0f}")
+        memory = statistics.median(run.memory for run in found)
+        table.add_row(name, f"{cpu:,.0f}", f"{cpu / ours:.1f}", f"{rate:,.0f}", f"{memory:.0f}")
     Console().print(table)
 
 
